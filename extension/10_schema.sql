@@ -1,0 +1,216 @@
+-- 10_schema.sql: what is stored
+--
+--   clock       the one place where the time comes from, so that a test can move it
+--   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
+--   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
+--   queue       serial queues that have run something: who runs now, and when the queue last came free
+--   task        task settings that somebody made (paused); no row is needed for a task to run
+--   worker      registered workers and how their presence is known
+--   notice      what a worker has still to be told about its jobs
+--   setting     options of this installation
+--   jobs        the public view over job and finished
+--
+-- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel.
+-- Row order of lock taking everywhere: job rows by id, then queue rows by name, then worker rows by id.
+
+create schema pgworker;
+comment on schema pgworker is 'pgworker: a job queue that lives in the database';
+
+create function pgworker.version() returns text
+language sql immutable parallel safe
+return '0.1.0';
+comment on function pgworker.version() is
+  'Version of the installed schema, as in the control file.';
+
+create table pgworker.setting (
+  name  text primary key,
+  value text not null
+);
+comment on table pgworker.setting is
+  'Options of this installation. rescue_grace: how long a worker may be gone before its jobs are given back (interval, '
+  'default 5 seconds). allow_fake_now: on lets a session move the clock with pgworker.fake_now (tests only).';
+
+-- Only reached when pgworker.fake_now is set. SECURITY DEFINER: whoever may ask for the time may not read settings.
+create function pgworker.moved_clock(p_real timestamptz) returns timestamptz
+language plpgsql stable parallel safe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (select from pgworker.setting s where s.name = 'allow_fake_now' and s.value = 'on') then
+    return current_setting('pgworker.fake_now')::timestamptz;
+  end if;
+  return p_real;
+end
+$$;
+comment on function pgworker.moved_clock(timestamptz) is
+  'Internal: the time that pgworker.fake_now asks for where a setting allows it, else the real one.';
+
+-- A SQL-standard body is bound when it is created and is inlined, so asking for the time costs no call.
+create function pgworker.clock(p_real timestamptz default statement_timestamp()) returns timestamptz
+language sql stable parallel safe
+return case when coalesce(current_setting('pgworker.fake_now', true), '') = '' then p_real
+            else pgworker.moved_clock(p_real) end;
+comment on function pgworker.clock(timestamptz) is
+  'The time that pgworker goes by: when the running statement arrived (or the given time), unless a test moved it.';
+
+create sequence pgworker.job_id as bigint;
+comment on sequence pgworker.job_id is 'Ids of jobs.';
+create sequence pgworker.worker_id as bigint;
+comment on sequence pgworker.worker_id is 'Ids of workers, never used twice.';
+create sequence pgworker.turn as bigint;
+comment on sequence pgworker.turn is 'Numbers the moments at which serial queues come free.';
+create sequence pgworker.epoch as bigint;
+comment on sequence pgworker.epoch is
+  'Moves on when work appears behind the cursors of sessions: the next claim of each then sweeps. A sequence, because '
+  'its last_value is one unversioned tuple, read without a snapshot and never bloated.';
+
+create table pgworker.job (
+  id              bigint      not null default nextval('pgworker.job_id'),
+  run_at          timestamptz not null,
+  created_at      timestamptz not null,
+  locked_at       timestamptz,
+  locked_by       bigint,
+  parent_id       bigint,
+  root_id         bigint,
+  revision        int         not null default 0,
+  priority        smallint    not null default 0,
+  attempts        smallint    not null default 0,
+  max_attempts    smallint    not null default 25,
+  waiting         boolean     not null default false,
+  task_identifier text        not null,
+  payload         jsonb       not null,
+  queue_name      text,
+  key             text,
+  flags           text[],
+  last_error      text,
+  progress        jsonb,
+  name            text,
+  on_failure      text,
+  cancel_reason   text,
+  primary key (id)
+) with (
+  -- Measured: a batch updates every row of a page in one transaction, so only with half of each page free are all
+  -- claims HOT (100/75/60/45 gave 3/33/62/100 %).
+  fillfactor = 45,
+  autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 2000,
+  autovacuum_analyze_scale_factor = 0.1, autovacuum_analyze_threshold = 5000,
+  autovacuum_vacuum_cost_delay = 0
+);
+comment on table pgworker.job is
+  'Live jobs. locked_by says which worker runs a job; cancel_reason that it was asked to stop.';
+
+-- No index and no predicate names a column that a claim changes (locked_at, locked_by, attempts): a claim then writes
+-- one heap tuple and no index entry. What a claim leaves behind in the index is jumped over by the session cursor.
+create index job_claim on pgworker.job (priority, run_at, id) where queue_name is null and not waiting;
+create index job_claim_queued on pgworker.job (priority, run_at, id) where queue_name is not null and not waiting;
+create index job_queue on pgworker.job (queue_name, priority, run_at, id) where queue_name is not null and not waiting;
+create unique index job_key on pgworker.job (key) where key is not null;
+
+create table pgworker.finished (
+  id              bigint      not null,
+  run_at          timestamptz not null,
+  created_at      timestamptz not null,
+  finished_at     timestamptz not null,
+  keep_until      timestamptz not null,
+  parent_id       bigint,
+  root_id         bigint,
+  revision        int         not null,
+  priority        smallint    not null,
+  attempts        smallint    not null,
+  max_attempts    smallint    not null,
+  state           text        not null check (state in ('completed', 'failed', 'cancelled')),
+  task_identifier text        not null,
+  payload         jsonb       not null,
+  queue_name      text,
+  key             text,
+  flags           text[],
+  last_error      text,
+  progress        jsonb,
+  result          jsonb,
+  name            text,
+  on_failure      text,
+  primary key (id)
+);
+comment on table pgworker.finished is 'Jobs that ended, until keep_until.';
+create index finished_keep_until on pgworker.finished (keep_until);
+
+create table pgworker.queue (
+  name   text    not null primary key,
+  job_id bigint,
+  turn   bigint  not null default 0,
+  paused boolean not null default false
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+        autovacuum_vacuum_cost_delay = 0);
+comment on table pgworker.queue is
+  'Serial queues. job_id: the job that runs now, null when the queue is free. turn: numbers the moment when it last '
+  'came free. Rows are made by claims, never by producers, who would hold their locks until they commit.';
+-- job_id is not indexed: taking a queue is a HOT update too.
+create index queue_turn on pgworker.queue (turn);
+
+create table pgworker.task (
+  identifier text    not null primary key,
+  paused     boolean not null default false
+);
+comment on table pgworker.task is 'Settings of tasks; a task without settings has no row.';
+
+create table pgworker.worker (
+  id            bigint      not null default nextval('pgworker.worker_id') primary key,
+  name          text,
+  lease         interval,
+  lease_until   timestamptz,
+  missing_since timestamptz,
+  registered_at timestamptz not null
+) with (fillfactor = 50);
+comment on table pgworker.worker is
+  'Registered workers. Without a lease presence is a session-level advisory lock (class 1886874482, the id''s low 31 '
+  'bits); missing_since is when maintain() first found it gone.';
+
+create table pgworker.notice (
+  worker_id bigint not null,
+  job_id    bigint not null,
+  notice    text   not null check (notice in ('cancel', 'lost')),
+  primary key (worker_id, job_id)
+);
+comment on table pgworker.notice is 'What heartbeat() will tell workers: jobs to stop, jobs taken from them.';
+
+create view pgworker.jobs as
+select j.id, j.task_identifier, j.queue_name,
+       case when j.locked_by is not null then 'running'
+            when j.waiting then 'waiting'
+            when j.run_at > (select pgworker.clock()) then 'scheduled'
+            else 'ready' end as state,
+       j.payload, j.priority::int as priority, j.run_at, j.attempts::int as attempts,
+       j.max_attempts::int as max_attempts, j.last_error, j.key, j.revision, j.flags, j.parent_id, j.root_id, j.name,
+       j.on_failure, j.progress, null::jsonb as result, j.locked_at, j.locked_by, j.created_at,
+       null::timestamptz as finished_at
+from pgworker.job j
+union all
+select f.id, f.task_identifier, f.queue_name, f.state,
+       f.payload, f.priority::int, f.run_at, f.attempts::int,
+       f.max_attempts::int, f.last_error, f.key, f.revision, f.flags, f.parent_id, f.root_id, f.name,
+       f.on_failure, f.progress, f.result, null, null, f.created_at,
+       f.finished_at
+from pgworker.finished f;
+comment on view pgworker.jobs is
+  'One row per job that the database still knows, live or finished. state: waiting, scheduled, ready, running, '
+  'completed, failed or cancelled.';
+
+create type pgworker.claimed_job as (
+  id bigint, task_identifier text, payload jsonb, attempts int, max_attempts int, queue_name text, priority int,
+  run_at timestamptz, key text, flags text[], parent_id bigint, root_id bigint, progress jsonb, created_at timestamptz
+);
+comment on type pgworker.claimed_job is 'What a worker gets to know of a job that it claimed.';
+
+create function pgworker.job_rows(p_ids bigint[]) returns setof pgworker.jobs
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+  select v.*
+  from unnest(p_ids) with ordinality as u(id, n)
+  join pgworker.jobs v on v.id = u.id
+  order by u.n;
+end
+$$;
+comment on function pgworker.job_rows(bigint[]) is 'Internal: the public rows of these jobs, in the order given.';

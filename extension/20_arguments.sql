@@ -1,0 +1,198 @@
+-- 20_arguments.sql: what may be asked for
+--
+--   invalid_argument   the limits of add_job's arguments, written once: names the first argument that breaks one
+--   refuse_argument    the error for it
+--   read_specs         an array of objects whose keys are add_job's argument names, as rows
+--   refuse_spec        the error for an object that is none
+--
+-- invalid_argument and read_specs have SQL-standard bodies: bound when created, inlined into whatever calls them.
+
+create function pgworker.invalid_argument(
+  p_identifier text, p_queue_name text, p_max_attempts numeric, p_job_key text, p_priority numeric, p_flags text[],
+  p_job_key_mode text
+) returns text
+language sql immutable parallel safe
+return case
+  when p_identifier is null or length(p_identifier) not between 1 and 128 then 'identifier'
+  when length(p_queue_name) not between 1 and 128 then 'queue_name'
+  when p_max_attempts not between 1 and 32767 or p_max_attempts <> trunc(p_max_attempts) then 'max_attempts'
+  when length(p_job_key) not between 1 and 512 then 'job_key'
+  when p_priority not between -32768 and 32767 or p_priority <> trunc(p_priority) then 'priority'
+  when array_ndims(p_flags) > 1 then 'flags'
+  when array_ndims(p_flags) = 1 and (array_position(p_flags, null) is not null
+                                     or array_position(p_flags, '') is not null) then 'flags'
+  when p_job_key_mode not in ('replace', 'preserve_run_at', 'unsafe_dedupe') then 'job_key_mode'
+end;
+comment on function pgworker.invalid_argument(text, text, numeric, text, numeric, text[], text) is
+  'Internal: the first of add_job''s arguments that breaks its limit; null when all are good.';
+
+create function pgworker.refuse_argument(
+  p_argument text, p_identifier text, p_queue_name text, p_max_attempts numeric, p_job_key text, p_priority numeric,
+  p_flags text[], p_job_key_mode text, p_where text default ''
+) returns boolean
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_code constant text := case when p_argument = 'identifier' and p_identifier is null then '22004' else '22023' end;
+  v_says text;
+  v_hint text;
+begin
+  case p_argument
+    when 'identifier' then
+      v_says := case when p_identifier is null then 'must not be null'
+                     else format('must be 1 to 128 characters long, got %s', length(p_identifier)) end;
+      v_hint := 'The identifier names the task that is to run, for example ''send_email''.';
+    when 'queue_name' then
+      v_says := format('must be 1 to 128 characters long, got %s', length(p_queue_name));
+      v_hint := 'Leave it out, or null, for a job that belongs to no serial queue.';
+    when 'max_attempts' then
+      v_says := format('must be a whole number from 1 to 32767, got %s', p_max_attempts);
+      v_hint := 'Leave it out, or null, for the default of 25.';
+    when 'job_key' then
+      v_says := format('must be 1 to 512 characters long, got %s', length(p_job_key));
+      v_hint := 'Leave it out, or null, for a job without a key; hash a longer key.';
+    when 'priority' then
+      v_says := format('must be a whole number from -32768 to 32767, got %s', p_priority);
+      v_hint := 'Lower numbers run sooner; leave it out, or null, for 0.';
+    when 'flags' then
+      v_says := format('must be a plain list without NULL or empty members, got %s', left(p_flags::text, 200));
+      v_hint := 'Leave the member out, or the whole argument for a job without flags.';
+    else
+      v_says := format('must be one of replace, preserve_run_at, unsafe_dedupe, got %s',
+                       quote_literal(left(p_job_key_mode, 200)));
+      v_hint := 'Leave it out, or null, for replace.';
+  end case;
+  raise exception using errcode = v_code, message = format('%s%s %s', p_where, p_argument, v_says), hint = v_hint;
+end
+$$;
+comment on function pgworker.refuse_argument(text, text, text, numeric, text, numeric, text[], text, text) is
+  'Internal: raises 22023 (22004 for a null identifier) that names the argument, what it was and the way out.';
+
+create function pgworker.refuse_spec(p_spec jsonb, p_where text, p_keys text[]) returns boolean
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key  text;
+  v_near text;
+  v_want text;
+begin
+  if jsonb_typeof(p_spec) <> 'object' then
+    raise exception using errcode = '22023',
+      message = format('%s must be an object, got %s', p_where, jsonb_typeof(p_spec)),
+      hint = 'Each job is an object whose keys are the argument names of add_job.';
+  end if;
+  for v_key in select k.key from jsonb_object_keys(p_spec) as k(key) loop
+    if v_key <> all (p_keys) then
+      -- jobKey -> job_key, runAt -> run_at, IDENTIFIER -> identifier, maxattempts, priorty, queue, ...
+      select k.key into v_near
+      from unnest(p_keys) as k(key)
+      where replace(k.key, '_', '') = lower(replace(replace(v_key, '_', ''), '-', ''))
+         or (k.key, lower(v_key)) in (('identifier', 'task'), ('identifier', 'task_identifier'), ('queue_name', 'queue'),
+                                      ('identifier', 'taskidentifier'), ('job_key', 'key'), ('job_key_mode', 'mode'))
+         or (length(v_key) > 3 and (starts_with(k.key, lower(v_key)) or starts_with(lower(v_key), k.key)))
+         or (length(v_key) = length(k.key)
+             and (select count(*) from generate_series(1, length(v_key)) as i(n)
+                  where substr(lower(v_key), i.n, 1) <> substr(k.key, i.n, 1)) <= 2)
+         or (abs(length(v_key) - length(k.key)) = 1
+             and exists (select from generate_series(1, greatest(length(v_key), length(k.key))) as i(n)
+                         where overlay(lower(v_key) placing '' from i.n for 1) = k.key
+                            or overlay(k.key placing '' from i.n for 1) = lower(v_key)))
+      limit 1;
+      raise exception using errcode = '22023',
+        message = format('%s has an unknown key %s', p_where, quote_literal(left(v_key, 200))),
+        hint = case when v_near is null then format('Known keys: %s.', array_to_string(p_keys, ', '))
+                    else format('Did you mean %s?', quote_literal(v_near)) end;
+    end if;
+    v_want := case when v_key in ('identifier', 'queue_name', 'run_at', 'job_key', 'job_key_mode', 'name', 'on_failure')
+                     then 'string'
+                   when v_key in ('max_attempts', 'priority') then 'number'
+                   when v_key in ('flags', 'children', 'after') then 'array' end;
+    if jsonb_typeof(p_spec -> v_key) not in (v_want, 'null') then
+      raise exception using errcode = '22023',
+        message = format('%s.%s must be %s, got %s', p_where, v_key,
+                         case v_want when 'array' then 'an array' else 'a ' || v_want end,
+                         left((p_spec -> v_key)::text, 200)),
+        hint = case v_key when 'run_at' then 'Write a time as text, for example "2030-01-31T12:00:00Z".'
+                          when 'flags' then 'Write flags as an array of strings.'
+                          else format('Write it as a JSON %s, or leave it out.', v_want) end;
+    end if;
+  end loop;
+  raise exception using errcode = '22023',
+    message = format('%s.flags must be a list of strings, got %s', p_where, left((p_spec -> 'flags')::text, 200)),
+    hint = 'Write flags as an array of strings.';
+end
+$$;
+comment on function pgworker.refuse_spec(jsonb, text, text[]) is
+  'Internal: raises 22023 that says what is wrong with one object of add_jobs, and the likely cure.';
+
+-- The EXCEPTION block costs a subtransaction, and only jobs that name a time come here: before PostgreSQL 16 there is no
+-- other way to learn that a text is no timestamp.
+create function pgworker.read_time(p_time text, p_where text) returns timestamptz
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_time::timestamptz;
+exception when data_exception then
+  raise exception using errcode = '22023',
+    message = format('%s.run_at is not a time: %s', p_where, quote_literal(left(p_time, 200))),
+    hint = 'Write a time as text, for example "2030-01-31T12:00:00Z".';
+end
+$$;
+comment on function pgworker.read_time(text, text) is 'Internal: a text as a time, or 22023 that names run_at.';
+
+create function pgworker.read_specs(p_specs jsonb)
+returns table (n bigint, identifier text, payload jsonb, queue_name text, run_at timestamptz, max_attempts int,
+               job_key text, priority int, flags text[], job_key_mode text)
+language sql stable parallel safe
+begin atomic
+  select s.n, s.identifier, s.payload, s.queue_name,
+         case when s.run_at is not null then pgworker.read_time(s.run_at, format('specs[%s]', s.n - 1)) end,
+         s.max_attempts::int, s.job_key, s.priority::int, s.flags, s.job_key_mode
+  from (
+    select e.n, e.spec ->> 'identifier' as identifier,
+           coalesce(nullif(e.spec -> 'payload', 'null'), '{}') as payload,
+           e.spec ->> 'queue_name' as queue_name, e.spec ->> 'run_at' as run_at,
+           (e.spec ->> 'max_attempts')::numeric as max_attempts, e.spec ->> 'job_key' as job_key,
+           (e.spec ->> 'priority')::numeric as priority,
+           case when jsonb_typeof(e.spec -> 'flags') = 'array'
+                then array(select f.flag from jsonb_array_elements_text(e.spec -> 'flags') as f(flag)) end as flags,
+           e.spec ->> 'job_key_mode' as job_key_mode
+    from jsonb_array_elements(p_specs) with ordinality as e(spec, n)
+    where case
+      when jsonb_typeof(e.spec) = 'object'
+           and (e.spec - array['identifier', 'payload', 'queue_name', 'run_at', 'max_attempts', 'job_key', 'priority',
+                               'flags', 'job_key_mode']) = '{}'
+           and coalesce(jsonb_typeof(e.spec -> 'identifier') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'queue_name') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'run_at') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'max_attempts') in ('number', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'job_key') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'priority') in ('number', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'flags') in ('array', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'job_key_mode') in ('string', 'null'), true)
+           and jsonb_path_exists(e.spec, 'strict $.flags[*] ? (@.type() != "string" && @.type() != "null")',
+                                 silent => true) is not true
+        then true
+      else pgworker.refuse_spec(e.spec, format('specs[%s]', e.n - 1),
+                                array['identifier', 'payload', 'queue_name', 'run_at', 'max_attempts', 'job_key',
+                                      'priority', 'flags', 'job_key_mode'])
+    end
+    -- A fence: shapes are checked before anything is converted, and limits after that.
+    offset 0
+  ) as s
+  where case
+    when pgworker.invalid_argument(s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags,
+                                   s.job_key_mode) is null
+      then true
+    else pgworker.refuse_argument(
+           pgworker.invalid_argument(s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags,
+                                     s.job_key_mode),
+           s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags, s.job_key_mode,
+           format('specs[%s].', s.n - 1))
+  end;
+end;
+comment on function pgworker.read_specs(jsonb) is
+  'Internal: add_jobs'' array as rows, in its order; raises for the first object that is not as it must be.';

@@ -1,0 +1,345 @@
+-- 30_producing.sql: adding and removing jobs, in the caller's transaction
+--
+--   wake          tells sleeping workers that something is due
+--   put_job       one job into the table, by the rules of job keys
+--   add_job       the public function, in three overloads: payload as jsonb, as json, as text
+--   add_jobs      many at once
+--   remove_job    by key
+--   trigger_job   a ready trigger function
+--
+-- Locks: the row with the same job key, if there is one. Nothing else is locked or written: no task row, no queue row.
+-- A bulk call goes through keys in their order, so that two of them cannot wait for each other.
+
+-- Sleepers hold an advisory lock (1886874483, 0) shared. A producer that gets it exclusively, for the moment of this
+-- call, knows that nobody sleeps and spares itself the NOTIFY, which would hold a cluster-wide lock until commit.
+-- Two producers that try at the same instant disturb each other: the cost is one needless notification.
+create function pgworker.wake() returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('pgworker.woken', true) = 'yes' then
+    return;                                        -- once a transaction; the setting is local to it
+  end if;
+  if pg_try_advisory_lock(1886874483, 0) then
+    perform pg_advisory_unlock(1886874483, 0);
+  else
+    perform set_config('pgworker.woken', 'yes', true);
+    perform pg_notify('pgworker', '');
+  end if;
+end
+$$;
+comment on function pgworker.wake() is
+  'Internal: notifies channel pgworker at commit, at most once a transaction, and only when a worker may be asleep.';
+
+-- What a job key meets, and what then happens:
+--   nothing: insert. Pending: updated in place. Running: that run loses key and retries, a new job is inserted.
+-- Each statement sees what has been committed until it starts, and waits for who holds the row, so a claim, a finish
+-- or another add_job that comes between two of them sends us round the loop once more.
+create function pgworker.put_job(
+  p_id bigint, p_identifier text, p_payload jsonb, p_queue_name text, p_run_at timestamptz, p_max_attempts int,
+  p_key text, p_priority int, p_flags text[], p_mode text
+) returns bigint
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now   constant timestamptz := pgworker.clock(now());
+  v_run_at constant timestamptz := coalesce(p_run_at, v_now);
+  v_flags constant text[] := nullif(p_flags, '{}');
+  v_id    bigint;
+begin
+  loop
+    insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
+                                   created_at)
+    values (coalesce(p_id, nextval('pgworker.job_id')), p_identifier, coalesce(p_payload, '{}'), p_queue_name, v_run_at,
+            coalesce(p_max_attempts, 25), p_key, coalesce(p_priority, 0), v_flags, v_now)
+    on conflict (key) where key is not null do nothing
+    returning j.id into v_id;
+    exit when found;
+
+    if p_mode = 'unsafe_dedupe' then
+      update pgworker.job j set revision = j.revision + 1 where j.key = p_key returning j.id into v_id;
+      exit when found;
+    else
+      update pgworker.job j
+      set task_identifier = p_identifier,
+          payload = case when jsonb_typeof(j.payload) = 'array' and jsonb_typeof(p_payload) = 'array'
+                         then j.payload || p_payload else coalesce(p_payload, '{}') end,
+          queue_name = p_queue_name,
+          run_at = case when p_mode = 'preserve_run_at' and j.attempts = 0 then j.run_at else v_run_at end,
+          max_attempts = coalesce(p_max_attempts, 25),
+          priority = coalesce(p_priority, 0),
+          flags = v_flags,
+          attempts = 0, last_error = null, progress = null,
+          revision = j.revision + 1
+      where j.key = p_key and j.locked_by is null
+      returning j.id into v_id;
+      exit when found;
+
+      update pgworker.job j set key = null, max_attempts = j.attempts
+      where j.key = p_key and j.locked_by is not null;
+    end if;
+  end loop;
+
+  if v_run_at <= pgworker.clock() then
+    -- A time given in the past puts the job behind the cursors of the sessions that claim.
+    if p_run_at < v_now then
+      perform nextval('pgworker.epoch');
+    end if;
+    perform pgworker.wake();
+  end if;
+  return v_id;
+end
+$$;
+comment on function pgworker.put_job(bigint, text, jsonb, text, timestamptz, int, text, int, text[], text) is
+  'Internal: adds one checked job, or updates the one with its key, and returns the id of the row.';
+
+create function pgworker.add_job(
+  identifier   text,
+  payload      jsonb       default null,
+  queue_name   text        default null,
+  run_at       timestamptz default null,
+  max_attempts int         default null,
+  job_key      text        default null,
+  priority     int         default null,
+  flags        text[]      default null,
+  job_key_mode text        default 'replace'
+) returns pgworker.jobs
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_invalid text;
+  v_id      bigint;
+  v_row     pgworker.jobs;
+begin
+  v_invalid := pgworker.invalid_argument(add_job.identifier, add_job.queue_name, add_job.max_attempts, add_job.job_key,
+                                         add_job.priority, add_job.flags, add_job.job_key_mode);
+  if v_invalid is not null then
+    perform pgworker.refuse_argument(v_invalid, add_job.identifier, add_job.queue_name, add_job.max_attempts,
+                                     add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
+  end if;
+  v_id := pgworker.put_job(null, add_job.identifier, add_job.payload, add_job.queue_name, add_job.run_at,
+                           add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags,
+                           coalesce(add_job.job_key_mode, 'replace'));
+  select v.* into v_row from pgworker.jobs v where v.id = v_id;
+  return v_row;
+end
+$$;
+comment on function pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text) is
+  'Adds a job in the caller''s transaction and returns it. Nulls mean: payload {}, no serial queue, run now, 25 attempts, '
+  'no key, priority 0, no flags, mode replace. Raises 22023 for a value out of its limits, 22004 for a null identifier.';
+
+create function pgworker.add_job(
+  identifier   text,
+  payload      json,
+  queue_name   text        default null,
+  run_at       timestamptz default null,
+  max_attempts int         default null,
+  job_key      text        default null,
+  priority     int         default null,
+  flags        text[]      default null,
+  job_key_mode text        default 'replace'
+) returns pgworker.jobs
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return pgworker.add_job(add_job.identifier, add_job.payload::jsonb, add_job.queue_name, add_job.run_at,
+                          add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
+end
+$$;
+comment on function pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text) is
+  'add_job with a payload of type json, as row_to_json() and json_build_object() make it.';
+
+create function pgworker.add_job(
+  identifier   text,
+  payload      text,
+  queue_name   text        default null,
+  run_at       timestamptz default null,
+  max_attempts int         default null,
+  job_key      text        default null,
+  priority     int         default null,
+  flags        text[]      default null,
+  job_key_mode text        default 'replace'
+) returns pgworker.jobs
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return pgworker.add_job(add_job.identifier, add_job.payload::jsonb, add_job.queue_name, add_job.run_at,
+                          add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
+end
+$$;
+comment on function pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text) is
+  'add_job with a payload written as text or as a plain literal; it must be JSON.';
+
+create function pgworker.add_jobs(specs jsonb) returns setof pgworker.jobs
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now  constant timestamptz := pgworker.clock(now());
+  v_ids  bigint[];
+  v_due  boolean;
+  v_past boolean;
+  v_bulk bigint[];
+  v_spec record;
+  v_one  pgworker.jobs;
+  v_n    bigint;
+  v_rows pgworker.jobs[];
+begin
+  if add_jobs.specs is null then
+    raise exception using errcode = '22004', message = 'specs must not be null',
+      hint = 'Give a JSON array of objects whose keys are the argument names of add_job; it may be empty.';
+  end if;
+  if jsonb_typeof(add_jobs.specs) <> 'array' then
+    raise exception using errcode = '22023',
+      message = format('specs must be an array of objects, got %s', jsonb_typeof(add_jobs.specs)),
+      hint = 'Write [{"identifier": "send_email", "payload": {"to": 1}}, ...].';
+  end if;
+
+  -- Ids first, in the order given: they ascend with it whatever order the rows are written in. Jobs without a key, and
+  -- keys that occur once and meet no live job, are one statement; in the order of their keys, so that two calls wait for
+  -- each other in one direction only. Where the order of the rows does not matter, it is the order of the ids.
+  select array_agg(nextval('pgworker.job_id') order by g.n) into v_ids
+  from generate_series(1, jsonb_array_length(add_jobs.specs)) as g(n);
+
+  with spec as materialized (
+    select s.n, s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now) as run_at, s.run_at as asked,
+           coalesce(s.max_attempts, 25) as max_attempts, s.job_key, coalesce(s.priority, 0) as priority,
+           nullif(s.flags, '{}') as flags,
+           case when s.job_key is null then 1 else count(*) over (partition by s.job_key) end as same_key
+    from pgworker.read_specs(add_jobs.specs) s
+  ), added as (
+    insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
+                                   created_at)
+    select v_ids[s.n], s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
+           v_now
+    from spec s
+    where s.same_key = 1
+    order by s.job_key nulls first, s.n
+    on conflict (key) where key is not null do nothing
+    returning j.id
+  )
+  select (select array_agg(a.id) from added a where exists (select from spec s where s.job_key is not null)),
+         bool_or(s.run_at <= pgworker.clock()), bool_or(s.asked < v_now)
+  into v_bulk, v_due, v_past
+  from spec s;
+
+  -- The rest meets a live job or another spec with its key: folded in order, as single calls would.
+  if exists (select from jsonb_array_elements(add_jobs.specs) as e(spec) where e.spec ->> 'job_key' is not null) then
+    for v_spec in
+      select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
+             s.job_key_mode
+      from pgworker.read_specs(add_jobs.specs) s
+      where s.job_key is not null
+        and not exists (select from unnest(v_bulk) as b(id) where b.id = v_ids[s.n])
+      order by s.job_key, s.n
+    loop
+      v_ids[v_spec.n] := pgworker.put_job(v_ids[v_spec.n], v_spec.identifier, v_spec.payload, v_spec.queue_name,
+                                          v_spec.run_at, v_spec.max_attempts, v_spec.job_key, v_spec.priority,
+                                          v_spec.flags, coalesce(v_spec.job_key_mode, 'replace'));
+      select v.* into v_one from pgworker.jobs v where v.id = v_ids[v_spec.n];
+      v_rows[v_spec.n] := v_one;
+    end loop;
+  end if;
+
+  if v_past then
+    perform nextval('pgworker.epoch');
+  end if;
+  if v_due then
+    perform pgworker.wake();
+  end if;
+
+  if v_rows is null then
+    return query select r.* from pgworker.job_rows(v_ids) r;
+  else
+    for v_n in 1 .. cardinality(v_ids) loop
+      v_one := v_rows[v_n];                        -- a folded job is returned as its own call left it
+      if v_one.id is null then
+        select v.* into v_one from pgworker.jobs v where v.id = v_ids[v_n];
+      end if;
+      return next v_one;
+    end loop;
+  end if;
+end
+$$;
+comment on function pgworker.add_jobs(jsonb) is
+  'Adds many jobs: an array of objects whose keys are the argument names of add_job. One row per object, in its order; '
+  'ids ascend with it. Raises 22023 that says which object is wrong and how; then nothing has been added.';
+
+create function pgworker.remove_job(job_key text) returns pgworker.jobs
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id  bigint;
+  v_row pgworker.jobs;
+begin
+  -- Locked first: what is then read is what is removed, and a claim that came first has made it a running job.
+  select j.id into v_id from pgworker.job j where j.key = remove_job.job_key for update;
+  if not found then
+    return null;
+  end if;
+  update pgworker.job j set key = null, max_attempts = j.attempts where j.id = v_id and j.locked_by is not null;
+  select v.* into v_row from pgworker.jobs v where v.id = v_id;
+  delete from pgworker.job j where j.id = v_id and j.locked_by is null;
+  return v_row;
+end
+$$;
+comment on function pgworker.remove_job(text) is
+  'Removes the pending job with this key and returns it. A running one goes on without key and retries and is returned; '
+  'unknown or null: null.';
+
+-- SECURITY DEFINER: who changes the table needs no right on the queue. Nothing of the row is run with these rights: no
+-- cast is applied, only the type's output function (by format), which no ordinary role can define.
+create function pgworker.trigger_job() returns trigger
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_column text := 'id';
+  v_row    record;
+  v_type   regtype;
+  v_id     text;
+begin
+  if tg_nargs not between 1 and 2 then
+    raise exception using errcode = '22023',
+      message = format('trigger_job takes a task identifier and optionally a key column, got %s arguments', tg_nargs),
+      hint = 'Write: execute function pgworker.trigger_job(''send_email'') or (''send_email'', ''email_id'').';
+  end if;
+  if tg_level <> 'ROW' then
+    raise exception using errcode = '22023', message = 'trigger_job needs a row to take the id from',
+      hint = 'Declare the trigger FOR EACH ROW.';
+  end if;
+  if tg_nargs = 2 then
+    v_column := tg_argv[1];
+  end if;
+  select a.atttypid into v_type
+  from pg_catalog.pg_attribute a
+  where a.attrelid = tg_relid and a.attname = v_column and a.attnum > 0 and not a.attisdropped;
+  if not found then
+    raise exception using errcode = '22023',
+      message = format('table %I.%I has no column %I', tg_table_schema, tg_table_name, v_column),
+      hint = 'Name the key column as the second argument of trigger_job.';
+  end if;
+  if tg_op = 'DELETE' then
+    v_row := old;
+  else
+    v_row := new;
+  end if;
+  execute format('select case when ($1).%1$I is not null then pg_catalog.format(''%%s'', ($1).%1$I) end', v_column) using v_row into v_id;
+  perform pgworker.add_job(
+    tg_argv[0],
+    jsonb_build_object(
+      'schema', tg_table_schema, 'table', tg_table_name, 'op', tg_op,
+      'id', case when v_type in ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'numeric'::regtype)
+                 then to_jsonb(nullif(v_id, '')::numeric) else to_jsonb(v_id) end));
+  return v_row;
+end
+$$;
+comment on function pgworker.trigger_job() is
+  'Trigger function, for each row: trigger_job(''task'' [, ''key column'']) adds that task with the payload '
+  '{"schema", "table", "op", "id"}.';

@@ -1,0 +1,335 @@
+-- 40_claiming.sql: which jobs a worker gets next
+--
+--   cursor_at, cursor_time   times as numbers, for the cursor
+--   know_priorities          makes room in the cursor for priorities that the session has not met before
+--   claim_range              takes jobs of one priority from a place on
+--   rest                     notes that a session found no work
+--   get_jobs, get_job        the public functions
+--   next_run_at              when a sleeping worker should look again
+--
+-- Locks: the worker's row FOR KEY SHARE (it cannot be declared dead while it claims), then job rows with SKIP LOCKED
+-- (a claim never waits for a job). Serial queues are in 45_queues.sql.
+--
+-- The cursor. A claim changes no indexed column (see 10_schema.sql), so what has been claimed stays in the index until
+-- it is vacuumed, which a long transaction anywhere can put off for hours. A session therefore remembers in the setting
+-- pgworker.cursor how far it has come, and starts there: the cost of a claim does not grow with what lies behind. The
+-- setting is no row: not versioned, not contended, undone by rollback, gone with the session. It is a list of numbers
+--
+--   1 whose   2 epoch   3 time of last sweep   4 cost of last sweep   5 turn
+--   then for each known priority, ascending:
+--   6 priority   7 run_at   8 id   9 run_at in queues   10 id in queues
+--
+-- (whose: a hash of worker, tasks and flags, because another caller has passed over other jobs; times and costs in
+-- microseconds; turn and the last two are read by 45_queues.sql). It is only a hint: what it misses (a transaction that
+-- began before and committed after the cursor had passed, a row that was locked and rolled back, work given back) is
+-- found by a sweep, a claim from the very start. Sweeps happen when the epoch moved, when a claim finds nothing, and
+-- every 250 ms, but not so often that more than a twentieth of the time goes into them (a tenth when there is a reason
+-- to look).
+--
+-- The planner must walk the claim indexes in their order whatever the statistics say, hence the settings of get_jobs:
+-- they hold for the plans made in it and in what it calls, which are kept for the session.
+
+create function pgworker.cursor_at(p_time timestamptz) returns bigint
+language sql stable parallel safe
+return case when p_time >= '2000-01-01 00:00:00+00'::timestamptz
+            then (extract(epoch from p_time - '2000-01-01 00:00:00+00'::timestamptz) * 1000000)::bigint
+            else 0 end;
+comment on function pgworker.cursor_at(timestamptz) is
+  'Internal: microseconds since 2000; 0 for anything earlier, from which a scan then starts again.';
+
+create function pgworker.cursor_time(p_at bigint) returns timestamptz
+language sql stable parallel safe
+return case when p_at > 0 then '2000-01-01 00:00:00+00'::timestamptz + p_at * interval '1 microsecond'
+            else '-infinity' end;
+comment on function pgworker.cursor_time(bigint) is 'Internal: the time that cursor_at made a number of.';
+
+-- Forty priorities are remembered; whoever uses more pays with more probes.
+create function pgworker.know_priorities(p_cursor bigint[], p_new int[]) returns bigint[]
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_known bigint[];
+begin
+  select array_agg(e.value order by k.priority, e.n) into v_known
+  from (select p_cursor[g.n] as priority, p_cursor[g.n : g.n + 4] as entry
+        from generate_series(6, cardinality(p_cursor), 5) as g(n)
+        union all
+        select distinct u.priority, array[u.priority, 0, 0, 0, 0]::bigint[] from unnest(p_new) as u(priority)
+        order by 1 limit 40) as k
+  cross join lateral unnest(k.entry) with ordinality as e(value, n);
+  return p_cursor[1:5] || v_known;
+end
+$$;
+comment on function pgworker.know_priorities(bigint[], int[]) is
+  'Internal: the cursor with entries for these priorities too.';
+
+create function pgworker.claim_range(
+  p_worker_id bigint, p_now timestamptz, p_limit int, p_priority bigint, p_run_at timestamptz, p_id bigint, p_tasks text[],
+  p_flags text[], p_paused text[], out tids tid[], out last_run_at timestamptz, out last_id bigint
+)
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  with picked as materialized (
+    select j.ctid as tid
+    from pgworker.job j
+    where j.queue_name is null and not j.waiting
+      and j.priority = p_priority and (j.run_at, j.id) > (p_run_at, p_id) and j.run_at <= p_now
+      and j.locked_by is null
+      and (p_tasks is null or j.task_identifier = any (p_tasks))
+      and (p_paused is null or j.task_identifier <> all (p_paused))
+      and (p_flags is null or j.flags is null or not j.flags && p_flags)
+    order by j.run_at, j.id
+    limit p_limit
+    for update skip locked
+  ), claimed as (
+    update pgworker.job j
+    set locked_at = p_now, locked_by = p_worker_id, attempts = j.attempts + 1
+    from picked p
+    where j.ctid = p.tid
+    returning j.ctid as tid, j.run_at, j.id
+  )
+  select array_agg(c.tid), max(c.run_at), (array_agg(c.id))[count(*)]
+  into tids, last_run_at, last_id
+  from (select c.tid, c.run_at, c.id from claimed c order by c.run_at, c.id) as c;
+end
+$$;
+comment on function pgworker.claim_range(bigint, timestamptz, int, bigint, timestamptz, bigint, text[], text[], text[]) is
+  'Internal: claims up to p_limit jobs of one priority that lie behind (p_run_at, p_id), in order, and says where they '
+  'are now and which came last.';
+
+-- Whoever found nothing is taken to lie down until its next claim finds something, and shows it with an advisory lock
+-- that wake() sees. pgworker.asleep only remembers that this session holds it; a rollback may forget that, and then the
+-- session seems asleep until it ends: it costs needless notifications, nothing else.
+create function pgworker.rest(p_idle boolean) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_idle and coalesce(current_setting('pgworker.asleep', true), '') <> 'yes' then
+    perform pg_advisory_lock_shared(1886874483, 0);   -- waits, at most, for the moment that a producer holds it
+    perform set_config('pgworker.asleep', 'yes', false);
+  elsif not p_idle and current_setting('pgworker.asleep', true) = 'yes' then
+    perform pg_advisory_unlock_shared(1886874483, 0);
+    perform set_config('pgworker.asleep', '', false);
+  end if;
+end
+$$;
+comment on function pgworker.rest(boolean) is 'Internal: notes that this session found no work, or found some again.';
+
+create function pgworker.get_jobs(
+  worker_id bigint, max_jobs int default 1, tasks text[] default null, forbidden_flags text[] default null
+) returns setof pgworker.claimed_job
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  v_now     constant timestamptz := pgworker.clock();
+  v_flags   constant text[] := nullif(get_jobs.forbidden_flags, '{}');
+  v_text    constant text := current_setting('pgworker.cursor', true);
+  v_whose   constant bigint := hashtext(concat_ws(' ', worker_id, tasks::text, '/', forbidden_flags::text)) & 2147483647;
+  v_margin  constant bigint := pgworker.cursor_at(v_now - interval '1 second');
+  v_cursor  bigint[];
+  v_worker  record;
+  v_sweeps  boolean;
+  v_started timestamptz;
+  v_elapsed bigint;
+  v_new     int[];
+  v_queues  boolean;
+  v_range   record;
+  v_queued  record;
+  v_tids    tid[];
+  v_left    int;
+  k         int;
+begin
+  if max_jobs is null or max_jobs < 1 then
+    raise exception using errcode = '22023',
+      message = format('max_jobs must be at least 1, got %s', coalesce(max_jobs::text, 'null')),
+      hint = 'Ask for as many jobs as the worker has room for.';
+  end if;
+
+  -- The row lock keeps maintain() from declaring this worker dead between here and our commit: jobs claimed by a worker
+  -- that nobody knows would be given back by nobody.
+  select w.lease, (select e.last_value from pgworker.epoch e) as epoch,
+         (select array_agg(t.identifier) from pgworker.task t where t.paused) as paused
+  into v_worker
+  from pgworker.worker w
+  where w.id = worker_id
+  for key share;
+  if not found then
+    raise exception using errcode = 'PW002', message = format('worker %s is unknown', coalesce(worker_id::text, 'null')),
+      hint = 'Call register_worker() first; a worker that was gone for too long has to register anew.';
+  end if;
+
+  if translate(v_text, '0123456789 -', '') = '' then
+    v_cursor := string_to_array(v_text, ' ', '')::bigint[];
+  end if;
+  if v_cursor[1] is distinct from v_whose or cardinality(v_cursor) % 5 <> 0 then
+    v_cursor := array[v_whose, v_worker.epoch, 0, -1, 0];
+    v_sweeps := true;
+  else
+    v_elapsed := pgworker.cursor_at(clock_timestamp()) - v_cursor[3];
+    v_sweeps := v_elapsed < 0 or v_elapsed > greatest(250000, 20 * v_cursor[4])
+                or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 2000 or v_elapsed > 10 * v_cursor[4]));
+  end if;
+
+  loop
+    v_started := clock_timestamp();
+    v_left := max_jobs;
+    v_tids := '{}';
+
+    -- Two questions. Are there priorities in the gaps between those that this session knows? (Dead index entries of
+    -- priorities that only others serve can make that dear: then it waits for sweeps, whose cost it counts in.) And is
+    -- there anything for serial queues: jobs between cursor and now, or a queue that came free since?
+    loop
+      select case when v_sweeps or v_cursor[4] < 2000 then array(
+               select f.priority::int
+               from generate_series(1, cardinality(v_cursor), 5) as g(n)
+               cross join lateral (
+                 (select j.priority from pgworker.job j
+                  where j.queue_name is null and not j.waiting
+                    and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
+                    and j.priority < coalesce(v_cursor[g.n + 5], 32768)
+                  order by j.priority limit 1)
+                 union all
+                 (select j.priority from pgworker.job j
+                  where j.queue_name is not null and not j.waiting
+                    and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
+                    and j.priority < coalesce(v_cursor[g.n + 5], 32768)
+                  order by j.priority limit 1)) as f) end,
+             v_sweeps
+             or exists (select from pgworker.queue q where q.turn > v_cursor[5] - 4 and q.job_id is null and not q.paused)
+             or exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
+                        cross join lateral (
+                          select from pgworker.job j
+                          where j.queue_name is not null and not j.waiting and j.priority = v_cursor[g.n]
+                            and (j.run_at, j.id) > (pgworker.cursor_time(v_cursor[g.n + 3]), v_cursor[g.n + 4])
+                            and j.run_at <= v_now
+                          limit 1) as f)
+      into v_new, v_queues;
+      exit when coalesce(cardinality(v_new), 0) = 0 or cardinality(v_cursor) > 200;
+      v_cursor := pgworker.know_priorities(v_cursor, v_new);
+    end loop;
+
+    if v_queues then
+      v_queued := pgworker.claim_queued(worker_id, v_now, max_jobs, tasks, v_flags, v_worker.paused, v_sweeps, v_cursor);
+      v_cursor := v_queued.moved;
+      v_tids := v_queued.tids;
+      v_left := v_left - cardinality(v_tids);
+    end if;
+
+    for k in 6 .. cardinality(v_cursor) by 5 loop
+      exit when v_left = 0;
+      v_range := pgworker.claim_range(
+        worker_id, v_now, v_left, v_cursor[k],
+        case when v_sweeps then '-infinity' else pgworker.cursor_time(v_cursor[k + 1]) end,
+        case when v_sweeps then 0 else v_cursor[k + 2] end,
+        tasks, v_flags, v_worker.paused);
+      if v_range.tids is not null then
+        v_tids := v_tids || v_range.tids;
+        v_left := v_left - cardinality(v_range.tids);
+        v_cursor[k + 1] := pgworker.cursor_at(v_range.last_run_at);
+        v_cursor[k + 2] := v_range.last_id;
+      end if;
+      if v_left > 0 and v_cursor[k + 1] < v_margin then
+        -- All that is due has been passed. Not up to now: transactions take a moment to commit.
+        v_cursor[k + 1] := v_margin;
+        v_cursor[k + 2] := 0;
+      end if;
+    end loop;
+
+    if v_sweeps then
+      -- The very first sweep of a session pays for making plans: its cost says nothing.
+      v_cursor[4] := case when v_cursor[4] < 0 then 0
+                          else extract(epoch from clock_timestamp() - v_started) * 1000000 end;
+      v_cursor[3] := pgworker.cursor_at(clock_timestamp());
+      v_cursor[2] := v_worker.epoch;
+    end if;
+    exit when v_sweeps or v_left < max_jobs or not (v_cursor[4] < 2000 or v_elapsed > 10 * v_cursor[4]);
+    v_sweeps := true;                              -- nothing from the cursor on: look whether something lies behind it
+  end loop;
+
+  perform set_config('pgworker.cursor', array_to_string(v_cursor, ' '), false);
+  if v_worker.lease is null
+     and (v_left = max_jobs) is distinct from (coalesce(current_setting('pgworker.asleep', true), '') = 'yes') then
+    perform pgworker.rest(v_left = max_jobs);
+  end if;
+
+  return query
+  select j.id, j.task_identifier, j.payload, j.attempts::int, j.max_attempts::int, j.queue_name, j.priority::int,
+         j.run_at, j.key, j.flags, j.parent_id, j.root_id, j.progress, j.created_at
+  from pgworker.job j
+  where j.ctid = any (v_tids)
+  order by j.priority, j.run_at, j.id;
+end
+$$;
+comment on function pgworker.get_jobs(bigint, int, text[], text[]) is
+  'Claims up to max_jobs due jobs for a worker and returns them in claim order: priority, run_at, id. tasks null means '
+  'every task, an empty array none; a job with any forbidden flag is passed over. Attempts go up by one. Raises PW002 '
+  'for an unknown worker, 22023 for max_jobs below 1.';
+
+create function pgworker.get_job(worker_id bigint, tasks text[] default null, forbidden_flags text[] default null)
+returns setof pgworker.claimed_job
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query select c.* from pgworker.get_jobs(get_job.worker_id, 1, get_job.tasks, get_job.forbidden_flags) c;
+end
+$$;
+comment on function pgworker.get_job(bigint, text[], text[]) is 'get_jobs for one: at most one row.';
+
+create function pgworker.next_run_at(tasks text[] default null) returns timestamptz
+language plpgsql stable parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+as $$
+begin
+  -- The first that matches in each priority; after a thousand that do not, the time reached by then: waking up too early
+  -- does no harm, walking over a million foreign jobs would.
+  return (
+    with recursive known as (
+      select min(p.priority)::int as priority from (
+        select j.priority from pgworker.job j where j.queue_name is null and not j.waiting
+        union all
+        select j.priority from pgworker.job j where j.queue_name is not null and not j.waiting) p
+      union all
+      select (select min(p.priority)::int from (
+                select j.priority from pgworker.job j
+                where j.queue_name is null and not j.waiting and j.priority > k.priority
+                union all
+                select j.priority from pgworker.job j
+                where j.queue_name is not null and not j.waiting and j.priority > k.priority) p)
+      from known k where k.priority is not null
+    )
+    select min(coalesce(n.found, n.reached))
+    from known k
+    cross join lateral (
+      select min(s.run_at) filter (where next_run_at.tasks is null or s.task_identifier = any (next_run_at.tasks)) as found,
+             case when count(*) = 1000 then max(s.run_at) end as reached
+      from (select j.run_at, j.task_identifier from pgworker.job j
+            where j.queue_name is null and not j.waiting and j.priority = k.priority and j.run_at > pgworker.clock()
+            order by j.run_at, j.id limit 1000) as s
+      union all
+      select min(s.run_at) filter (where next_run_at.tasks is null or s.task_identifier = any (next_run_at.tasks)),
+             case when count(*) = 1000 then max(s.run_at) end
+      from (select j.run_at, j.task_identifier from pgworker.job j
+            where j.queue_name is not null and not j.waiting and j.priority = k.priority and j.run_at > pgworker.clock()
+            order by j.run_at, j.id limit 1000) as s
+    ) as n
+    where k.priority is not null);
+end
+$$;
+comment on function pgworker.next_run_at(text[]) is
+  'When the next scheduled job of these tasks (null: of any) becomes due, or a moment before that; null when none is '
+  'scheduled. A sleeping worker looks again then.';

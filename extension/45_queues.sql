@@ -1,0 +1,250 @@
+-- 45_queues.sql: serial queues: one job at a time each, heads in claim order
+--
+--   make_queues    rows for queues that run something for the first time
+--   claim_queued   claims the heads of free queues that come first
+--   free_queues    a queue's job has ended or was given back
+--
+-- A queue that runs a job has its id in queue.job_id; that, under the queue's row lock, is the whole exclusion. A claim
+-- looks without locks for queues that may have a head for it:
+--
+--   * queues that came free since this session last looked, by queue.turn (the cursor has passed what waited behind
+--     their last job), and a few turns back, because commits overtake each other;
+--   * queues of jobs between the cursor and now, in the index of queued jobs;
+--   * on a sweep: every queue that has jobs, hopping from name to name, so that a hundred thousand jobs behind one busy
+--     queue are one hop.
+--
+-- It then takes the heads that come before the last of the unqueued jobs that fill the batch, and leaves the cursor
+-- before the first head that it did not take. Locks: queue rows by name, then their head jobs, both with SKIP LOCKED, so
+-- that no claim waits for another, and a queue that is not taken is not touched.
+
+-- Rows are made under an advisory try-lock: without it two claims of a new queue would wait for each other's commit. At
+-- most 128 at once, since such locks live in the server's shared lock table; the rest has its turn in the next claim.
+create function pgworker.make_queues(p_names text[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  with missing as materialized (
+    select n.name from unnest(p_names) as n(name)
+    where not exists (select from pgworker.queue q where q.name = n.name)
+    limit 128
+  ), mine as materialized (
+    select m.name from missing m where pg_try_advisory_xact_lock(1886874484, hashtext(m.name))
+  )
+  insert into pgworker.queue (name) select m.name from mine m order by m.name
+  on conflict (name) do nothing;
+end
+$$;
+comment on function pgworker.make_queues(text[]) is 'Internal: makes the rows of queues that have none yet.';
+
+create function pgworker.claim_queued(
+  p_worker_id bigint, p_now timestamptz, p_limit int, p_tasks text[], p_flags text[], p_paused text[],
+  p_sweeps boolean, p_cursor bigint[], out tids tid[], out moved bigint[]
+)
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_hashjoin = on
+as $$
+declare
+  v_names text[];
+  v_found text[];
+  v_heads text[];
+  v_left  record;
+  v_rows  bigint;
+  v_at    bigint;
+  v_id    bigint;
+  v_turn  bigint;
+  v_margin constant bigint := pgworker.cursor_at(p_now - interval '1 second');
+  k       int;
+begin
+  tids := '{}';
+  moved := p_cursor;
+
+  if p_sweeps then
+    moved[5] := coalesce((select max(q.turn) from pgworker.queue q), moved[5]);
+    with recursive hop as (
+      (select j.queue_name from pgworker.job j
+       where j.queue_name is not null and not j.waiting order by j.queue_name limit 1)
+      union all
+      select (select j.queue_name from pgworker.job j
+              where j.queue_name > h.queue_name and not j.waiting order by j.queue_name limit 1)
+      from hop h where h.queue_name is not null
+    )
+    select array_agg(h.queue_name) into v_names
+    from hop h
+    where h.queue_name is not null
+      and not exists (select from pgworker.queue q where q.name = h.queue_name and (q.job_id is not null or q.paused));
+    for k in 9 .. cardinality(moved) by 5 loop
+      moved[k] := v_margin;
+      moved[k + 1] := 0;
+    end loop;
+  else
+    select array_agg(q.name), coalesce(max(q.turn), moved[5]) into v_names, v_turn
+    from pgworker.queue q
+    where q.turn > moved[5] - 4 and q.job_id is null and not q.paused;
+    moved[5] := v_turn;
+    for k in 9 .. cardinality(moved) by 5 loop
+      v_found := '{}';
+      loop
+        select array(select distinct u.name from unnest(v_found || array_agg(s.queue_name)) as u(name)),
+               count(*), coalesce((array_agg(pgworker.cursor_at(s.run_at)))[count(*)], moved[k]),
+               coalesce((array_agg(s.id))[count(*)], moved[k + 1])
+        into v_found, v_rows, v_at, v_id
+        from (select j.queue_name, j.run_at, j.id from pgworker.job j
+              where j.queue_name is not null and not j.waiting
+                and j.priority = p_cursor[k - 3]
+                and (j.run_at, j.id) > (pgworker.cursor_time(moved[k]), moved[k + 1]) and j.run_at <= p_now
+                and j.locked_by is null
+                and (p_tasks is null or j.task_identifier = any (p_tasks))
+                and (p_paused is null or j.task_identifier <> all (p_paused))
+                and (p_flags is null or j.flags is null or not j.flags && p_flags)
+                and not exists (select from pgworker.queue q
+                                where q.name = j.queue_name and (q.job_id is not null or q.paused))
+              order by j.run_at, j.id limit 100 + p_limit) as s;
+        moved[k] := v_at;
+        moved[k + 1] := v_id;
+        exit when v_rows < 100 + p_limit or cardinality(v_found) >= p_limit;
+      end loop;
+      if v_rows < 100 + p_limit and moved[k] < v_margin then
+        moved[k] := v_margin;
+        moved[k + 1] := 0;
+      end if;
+      if cardinality(v_found) > 0 then
+        v_names := v_names || v_found;
+      end if;
+    end loop;
+  end if;
+
+  if v_names is null then
+    return;
+  end if;
+
+  -- Heads, and which of them come before the last of the unqueued jobs that would fill the batch.
+  with head as materialized (
+    select n.name, h.priority, h.run_at, h.id
+    from (select distinct u.name from unnest(v_names) as u(name)) as n
+    cross join lateral (
+      select j.priority, j.run_at, j.id from pgworker.job j
+      where j.queue_name = n.name and not j.waiting and j.run_at <= p_now and j.locked_by is null
+        and (p_tasks is null or j.task_identifier = any (p_tasks))
+        and (p_paused is null or j.task_identifier <> all (p_paused))
+        and (p_flags is null or j.flags is null or not j.flags && p_flags)
+      order by j.priority, j.run_at, j.id limit 1) as h
+  ), other as (
+    select o.priority, o.run_at, o.id
+    from generate_series(6, cardinality(p_cursor), 5) as g(n)
+    cross join lateral (
+      select j.priority, j.run_at, j.id from pgworker.job j
+      where j.queue_name is null and not j.waiting
+        and j.priority = p_cursor[g.n]
+        and (j.run_at, j.id) > (case when p_sweeps then '-infinity' else pgworker.cursor_time(p_cursor[g.n + 1]) end,
+                                case when p_sweeps then 0 else p_cursor[g.n + 2] end)
+        and j.run_at <= p_now and j.locked_by is null
+        and (p_tasks is null or j.task_identifier = any (p_tasks))
+        and (p_paused is null or j.task_identifier <> all (p_paused))
+        and (p_flags is null or j.flags is null or not j.flags && p_flags)
+      order by j.run_at, j.id limit p_limit) as o
+    where exists (select from head)
+  ), first as (
+    select b.name, b.priority, b.run_at, b.id
+    from (select h.name, h.priority, h.run_at, h.id from head h
+          union all
+          select null, o.priority, o.run_at, o.id from other o) as b
+    order by b.priority, b.run_at, b.id
+    limit p_limit
+  )
+  select array_agg(f.name) filter (where f.name is not null) into v_heads from first f;
+
+  if v_heads is not null then
+    perform pgworker.make_queues(v_heads);
+    -- The head is looked up once more under the lock of its queue: the job that was seen may have run since.
+    with free as materialized (
+      select q.ctid as tid, q.name
+      from pgworker.queue q
+      where q.name = any (v_heads) and q.job_id is null and not q.paused
+      order by q.name
+      for update skip locked
+    ), head as materialized (
+      select f.tid as queue_tid, h.tid, h.id
+      from free f
+      cross join lateral (
+        select j.ctid as tid, j.id from pgworker.job j
+        where j.queue_name = f.name and not j.waiting and j.run_at <= p_now and j.locked_by is null
+          and (p_tasks is null or j.task_identifier = any (p_tasks))
+          and (p_paused is null or j.task_identifier <> all (p_paused))
+          and (p_flags is null or j.flags is null or not j.flags && p_flags)
+        order by j.priority, j.run_at, j.id limit 1
+        for update skip locked) as h
+    ), claimed as (
+      update pgworker.job j
+      set locked_at = p_now, locked_by = p_worker_id, attempts = j.attempts + 1
+      from head h
+      where j.ctid = h.tid
+      returning j.ctid as tid, j.id
+    ), taken as (
+      update pgworker.queue q set job_id = h.id
+      from head h
+      join claimed c on c.id = h.id
+      where q.ctid = h.queue_tid
+      returning q.job_id
+    )
+    select coalesce(array_agg(c.tid), '{}') into tids
+    from claimed c
+    where c.id in (select t.job_id from taken t);
+  end if;
+
+  -- Heads that were not taken must stay ahead of the cursor.
+  for v_left in
+    select g.n + 3 as n, m.run_at, m.id
+    from (select distinct on (h.priority) h.priority, h.run_at, h.id
+          from (select distinct u.name from unnest(v_names) as u(name)) as d
+          cross join lateral (
+            select j.priority, j.run_at, j.id from pgworker.job j
+            where j.queue_name = d.name and not j.waiting and j.run_at <= p_now and j.locked_by is null
+              and (p_tasks is null or j.task_identifier = any (p_tasks))
+              and (p_paused is null or j.task_identifier <> all (p_paused))
+              and (p_flags is null or j.flags is null or not j.flags && p_flags)
+              and not exists (select from pgworker.queue q
+                              where q.name = d.name and (q.job_id is not null or q.paused))
+            order by j.priority, j.run_at, j.id limit 1) as h
+          order by h.priority, h.run_at, h.id) as m
+    join generate_series(6, cardinality(p_cursor), 5) as g(n) on p_cursor[g.n] = m.priority
+  loop
+    if (pgworker.cursor_at(v_left.run_at), v_left.id) <= (moved[v_left.n], moved[v_left.n + 1]) then
+      moved[v_left.n] := pgworker.cursor_at(v_left.run_at);
+      moved[v_left.n + 1] := v_left.id - 1;
+    end if;
+  end loop;
+end
+$$;
+comment on function pgworker.claim_queued(
+  bigint, timestamptz, int, text[], text[], text[], boolean, bigint[]) is
+  'Internal: claims those heads of free queues that are among the first p_limit jobs; and moves the cursor as far as it has looked.';
+
+create function pgworker.free_queues(p_names text[], p_job_ids bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_turn bigint;
+begin
+  if p_names is null then
+    return;
+  end if;
+  v_turn := nextval('pgworker.turn');
+  with freed as materialized (
+    select f.name, f.job_id from unnest(p_names, p_job_ids) as f(name, job_id) order by f.name
+  )
+  update pgworker.queue q set job_id = null, turn = v_turn
+  from freed f
+  where q.name = f.name and q.job_id = f.job_id;
+  -- The caller will claim next, but perhaps not this task.
+  if exists (select from unnest(p_names) as f(name)
+             join pgworker.job j on j.queue_name = f.name and not j.waiting
+             where j.locked_by is null and j.run_at <= pgworker.clock()) then
+    perform pgworker.wake();
+  end if;
+end
+$$;
+comment on function pgworker.free_queues(text[], bigint[]) is
+  'Internal: frees the queues that these jobs held, and wakes workers when something waits there.';

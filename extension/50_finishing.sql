@@ -1,0 +1,357 @@
+-- 50_finishing.sql: how jobs end, whatever the cause
+--
+--   finish         the one way out of job: into finished, or into nothing
+--   retry_later    a failed attempt goes back, behind
+--   held           which of these jobs a worker still holds
+--   complete_job, fail_job, cancel_job, finish_jobs, release_jobs, set_progress, wait_for_children
+--
+-- Fence: only the worker that holds a job (locked_by) can end it; a caller that also names the attempt (as claimed) is
+-- protected against its own past.
+-- Locks: job rows by id, then queue rows by name. Nothing waits while it holds a queue.
+
+-- Moves jobs out of the live table. States and errors are given one per job, or one for all. What is kept, and for how
+-- long: failed and cancelled jobs 30 days, completed ones one day if they have a result, belong to a tree or were ended
+-- by hand (p_keep); others not at all.
+create function pgworker.finish(
+  p_ids bigint[], p_states text[], p_errors text[], p_results jsonb[], p_keep boolean default false
+) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_now   constant timestamptz := pgworker.clock();
+  v_names text[];
+  v_held  bigint[];
+begin
+  with ending as materialized (
+    select e.id, e.state, e.error, e.result
+    from unnest(p_ids, p_states, p_errors, p_results) as e(id, state, error, result)
+    order by e.id
+  ), gone as (
+    delete from pgworker.job j
+    using ending e
+    where j.id = e.id
+    returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, j.revision, j.priority, j.attempts, j.max_attempts,
+              e.state, j.task_identifier, j.payload, j.queue_name, j.key, j.flags,
+              coalesce(e.error, j.last_error) as last_error, j.progress, e.result, j.name, j.on_failure, j.locked_by
+  ), kept as (
+    insert into pgworker.finished (id, run_at, created_at, finished_at, keep_until, parent_id, root_id, revision,
+                                   priority, attempts, max_attempts, state, task_identifier, payload, queue_name, key,
+                                   flags, last_error, progress, result, name, on_failure)
+    select g.id, g.run_at, g.created_at, v_now,
+           v_now + case when g.state = 'completed' then interval '1 day' else interval '30 days' end,
+           g.parent_id, g.root_id, g.revision, g.priority, g.attempts, g.max_attempts, g.state, g.task_identifier,
+           g.payload, g.queue_name, g.key, g.flags, g.last_error, g.progress, g.result, g.name, g.on_failure
+    from gone g
+    where p_keep or g.state <> 'completed' or g.result is not null or g.root_id is not null
+  )
+  select array_agg(g.queue_name), array_agg(g.id) into v_names, v_held
+  from gone g
+  where g.queue_name is not null and g.locked_by is not null;
+  perform pgworker.free_queues(v_names, v_held);
+end
+$$;
+comment on function pgworker.finish(bigint[], text[], text[], jsonb[], boolean) is
+  'Internal: ends jobs whose rows the caller has locked.';
+
+create function pgworker.retry_later(p_ids bigint[], p_errors text[], p_retry_at timestamptz, p_payload jsonb)
+returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_now   constant timestamptz := pgworker.clock();
+  v_names text[];
+  v_held  bigint[];
+  v_soon  timestamptz;
+begin
+  with failed as materialized (
+    select f.id, f.error from unnest(p_ids, p_errors) as f(id, error) order by f.id
+  ), back as (
+    update pgworker.job j
+    set locked_at = null, locked_by = null, last_error = f.error,
+        run_at = coalesce(p_retry_at, greatest(v_now, j.run_at) + exp(least(j.attempts, 10)) * interval '1 second'),
+        payload = coalesce(p_payload, j.payload)
+    from failed f
+    where j.id = f.id
+    returning j.id, j.queue_name, j.run_at
+  )
+  select array_agg(b.queue_name) filter (where b.queue_name is not null),
+         array_agg(b.id) filter (where b.queue_name is not null), min(b.run_at)
+  into v_names, v_held, v_soon
+  from back b;
+  perform pgworker.free_queues(v_names, v_held);
+  if v_soon <= v_now then
+    perform nextval('pgworker.epoch');             -- behind the cursors
+    perform pgworker.wake();
+  end if;
+end
+$$;
+comment on function pgworker.retry_later(bigint[], text[], timestamptz, jsonb) is
+  'Internal: gives failed jobs, whose rows the caller has locked, back for their next attempt: at the time given, or '
+  'exp(least(attempts, 10)) seconds from now or from when they were due, whichever is later.';
+
+create function pgworker.not_held(p_worker_id bigint, p_job_id bigint) returns void
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using errcode = 'PW001',
+    message = format('job %s is not held by worker %s', coalesce(p_job_id::text, 'null'),
+                     coalesce(p_worker_id::text, 'null')),
+    hint = 'It was finished, given back or taken over meanwhile, or this attempt is not the one that was claimed. '
+           'Drop the outcome of this run.';
+end
+$$;
+comment on function pgworker.not_held(bigint, bigint) is 'Internal: raises PW001.';
+
+create function pgworker.finish_jobs(
+  worker_id bigint, completed bigint[], results jsonb[], failed bigint[], errors text[], attempts int[] default null
+) returns table (job_id bigint, outcome text)
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  v_completed constant bigint[] := coalesce(finish_jobs.completed, '{}');
+  v_failed    constant bigint[] := coalesce(finish_jobs.failed, '{}');
+  v_attempts  constant int[] := finish_jobs.attempts;
+  v_done      bigint[] := '{}';
+  v_names     text[];
+  v_queued    bigint[];
+  v_ids       bigint[] := '{}';
+  v_states    text[];
+  v_errors    text[];
+  v_results   jsonb[];
+  v_retry     bigint[] := '{}';
+  v_messages  text[];
+begin
+  if cardinality(v_attempts) <> cardinality(v_completed) + cardinality(v_failed) then
+    raise exception using errcode = '22023',
+      message = format('attempts must name one attempt per job: %s for %s completed and %s failed',
+                       cardinality(v_attempts), cardinality(v_completed), cardinality(v_failed)),
+      hint = 'Give the attempts of the completed jobs, then those of the failed ones, or null.';
+  end if;
+
+  -- Most jobs end like this: completed, no result, no tree, nobody asked them to stop. One delete, nothing kept.
+  if finish_jobs.results is null and cardinality(v_completed) > 0 then
+    with ending as materialized (
+      select u.id, u.attempt from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
+      order by u.id
+    ), gone as (
+      delete from pgworker.job j
+      using ending e
+      where j.id = e.id and j.locked_by = finish_jobs.worker_id and (e.attempt is null or j.attempts = e.attempt)
+        and j.cancel_reason is null and j.root_id is null
+      returning j.id, j.queue_name
+    )
+    select coalesce(array_agg(g.id), '{}'), array_agg(g.queue_name) filter (where g.queue_name is not null),
+           array_agg(g.id) filter (where g.queue_name is not null)
+    into v_done, v_names, v_queued
+    from gone g;
+    perform pgworker.free_queues(v_names, v_queued);
+  end if;
+
+  if cardinality(v_done) < cardinality(v_completed) or cardinality(v_failed) > 0 then
+    -- What is left, locked in the order of ids and sorted by what becomes of it.
+    with ended as materialized (
+      select u.id, u.attempt, u.result, true as success, null::text as error
+      from unnest(v_completed, v_attempts[1:cardinality(v_completed)], finish_jobs.results) as u(id, attempt, result)
+      where not (cardinality(v_done) > 0 and u.id = any (v_done))
+      union all
+      select u.id, u.attempt, null, false, coalesce(u.error, 'failed')
+      from unnest(v_failed, v_attempts[cardinality(v_completed) + 1:], finish_jobs.errors) as u(id, attempt, error)
+    ), unique_ended as materialized (
+      select distinct on (e.id) e.id, e.attempt, e.result, e.success, e.error from ended e
+      where e.id is not null
+      order by e.id, e.success desc
+    ), locked as materialized (
+      select j.id, e.result, e.success, e.error, j.cancel_reason, j.attempts < j.max_attempts as again
+      from unique_ended e
+      join pgworker.job j on j.id = e.id
+      where j.locked_by = finish_jobs.worker_id and (e.attempt is null or j.attempts = e.attempt)
+      order by j.id
+      for update of j
+    )
+    select coalesce(array_agg(l.id) filter (where f.over), '{}'),
+           array_agg(case when l.cancel_reason is not null then 'cancelled' when l.success then 'completed'
+                          else 'failed' end) filter (where f.over),
+           array_agg(coalesce(l.cancel_reason, l.error)) filter (where f.over),
+           array_agg(l.result) filter (where f.over),
+           coalesce(array_agg(l.id) filter (where not f.over), '{}'),
+           array_agg(l.error) filter (where not f.over)
+    into v_ids, v_states, v_errors, v_results, v_retry, v_messages
+    from locked l
+    cross join lateral (select l.success or l.cancel_reason is not null or not l.again as over) as f;
+    if cardinality(v_ids) > 0 then
+      perform pgworker.finish(v_ids, v_states, v_errors, v_results);
+    end if;
+    if cardinality(v_retry) > 0 then
+      perform pgworker.retry_later(v_retry, v_messages, null, null);
+    end if;
+  end if;
+
+  if cardinality(v_done) = cardinality(v_completed) and cardinality(v_failed) = 0 then
+    return query select u.id, 'completed'::text from unnest(v_completed) as u(id);
+  else
+    return query
+    with known as materialized (
+      select d.id, 'completed' as outcome from unnest(v_done) as d(id)
+      union all
+      select f.id, f.state from unnest(v_ids, v_states) as f(id, state)
+      union all
+      select r.id, 'scheduled' from unnest(v_retry) as r(id)
+    )
+    select u.id, coalesce((array_agg(k.outcome))[1], 'lost')
+    from unnest(v_completed || v_failed) with ordinality as u(id, n)
+    left join known k on k.id = u.id
+    group by u.id, u.n
+    order by u.n;
+  end if;
+end
+$$;
+comment on function pgworker.finish_jobs(bigint, bigint[], jsonb[], bigint[], text[], int[]) is
+  'Ends many jobs at once: completed ones with their results (null: none has one), failed ones with their errors. One '
+  'row per job, in that order: what became of it, completed, scheduled (to be retried), failed, cancelled, or lost when '
+  'the worker does not hold it any more; a lost job harms no other. attempts (as claimed, completed first) fences more '
+  'strictly.';
+
+-- The single forms lock their job first, so that what is checked is what is ended.
+create function pgworker.lock_held(p_worker_id bigint, p_job_id bigint, p_attempt int) returns pgworker.job
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job pgworker.job;
+begin
+  select j.* into v_job
+  from pgworker.job j
+  where j.id = p_job_id and j.locked_by = p_worker_id and (p_attempt is null or j.attempts = p_attempt)
+  for update;
+  if not found then
+    perform pgworker.not_held(p_worker_id, p_job_id);
+  end if;
+  return v_job;
+end
+$$;
+comment on function pgworker.lock_held(bigint, bigint, int) is
+  'Internal: locks and returns a job that this worker holds, or raises PW001.';
+
+create function pgworker.complete_job(worker_id bigint, job_id bigint, result jsonb default null, attempt int default null)
+returns void
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job pgworker.job;
+begin
+  v_job := pgworker.lock_held(complete_job.worker_id, complete_job.job_id, complete_job.attempt);
+  perform pgworker.finish(array[v_job.id],
+                          array[case when v_job.cancel_reason is null then 'completed' else 'cancelled' end],
+                          array[v_job.cancel_reason], array[complete_job.result]);
+end
+$$;
+comment on function pgworker.complete_job(bigint, bigint, jsonb, int) is
+  'Ends a job that this worker holds, as completed (as cancelled, if that was asked for meanwhile). Raises PW001 if it '
+  'does not hold it, or not in this attempt.';
+
+create function pgworker.fail_job(
+  worker_id bigint, job_id bigint, error_message text, retry_at timestamptz default null,
+  permanent boolean default false, payload jsonb default null, attempt int default null
+) returns pgworker.jobs
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job   pgworker.job;
+  v_error constant text := coalesce(fail_job.error_message, 'failed');
+  v_row   pgworker.jobs;
+begin
+  v_job := pgworker.lock_held(fail_job.worker_id, fail_job.job_id, fail_job.attempt);
+  if v_job.cancel_reason is not null or v_job.attempts >= v_job.max_attempts or coalesce(permanent, false) then
+    if fail_job.payload is not null then
+      update pgworker.job j set payload = fail_job.payload where j.id = v_job.id;
+    end if;
+    perform pgworker.finish(array[v_job.id],
+                            array[case when v_job.cancel_reason is null then 'failed' else 'cancelled' end],
+                            array[coalesce(v_job.cancel_reason, v_error)], null);
+  else
+    perform pgworker.retry_later(array[v_job.id], array[v_error], fail_job.retry_at, fail_job.payload);
+  end if;
+  select v.* into v_row from pgworker.jobs v where v.id = v_job.id;
+  return v_row;
+end
+$$;
+comment on function pgworker.fail_job(bigint, bigint, text, timestamptz, boolean, jsonb, int) is
+  'Reports a failed attempt of a job that this worker holds and returns the job: scheduled again (at retry_at, or after '
+  'exp(least(attempts, 10)) seconds), or failed when that was the last attempt or permanent is set. payload replaces the '
+  'job''s: what is left of a batch. Raises PW001 if the worker does not hold it.';
+
+create function pgworker.cancel_job(worker_id bigint, job_id bigint, reason text default null, attempt int default null)
+returns pgworker.jobs
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job pgworker.job;
+  v_row pgworker.jobs;
+begin
+  v_job := pgworker.lock_held(cancel_job.worker_id, cancel_job.job_id, cancel_job.attempt);
+  perform pgworker.finish(array[v_job.id], array['cancelled'],
+                          array[coalesce(v_job.cancel_reason, cancel_job.reason, 'cancelled by its handler')], null);
+  select v.* into v_row from pgworker.jobs v where v.id = v_job.id;
+  return v_row;
+end
+$$;
+comment on function pgworker.cancel_job(bigint, bigint, text, int) is
+  'Ends a job that this worker holds as cancelled: its handler decided that it is not to be run. Raises PW001 if the '
+  'worker does not hold it.';
+
+create function pgworker.release_jobs(worker_id bigint, job_ids bigint[]) returns void
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pgworker.give_back(release_jobs.worker_id, release_jobs.job_ids, true, null);
+end
+$$;
+comment on function pgworker.release_jobs(bigint, bigint[]) is
+  'Gives jobs that were claimed and not started back, with their attempt; ids that this worker does not hold are passed '
+  'over.';
+
+create function pgworker.set_progress(worker_id bigint, job_id bigint, value jsonb) returns void
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update pgworker.job j set progress = set_progress.value
+  where j.id = set_progress.job_id and j.locked_by = set_progress.worker_id;
+  if not found then
+    perform pgworker.not_held(set_progress.worker_id, set_progress.job_id);
+  end if;
+end
+$$;
+comment on function pgworker.set_progress(bigint, bigint, jsonb) is
+  'Keeps an intermediate result of a job that this worker holds: seen from outside at once, and by the next attempt. '
+  'Raises PW001 if the worker does not hold it.';
+
+create function pgworker.wait_for_children(worker_id bigint, job_id bigint) returns boolean
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pgworker.lock_held(wait_for_children.worker_id, wait_for_children.job_id, null);
+  return false;
+end
+$$;
+comment on function pgworker.wait_for_children(bigint, bigint) is
+  'False: a job that this worker holds has no children to wait for. Raises PW001 if the worker does not hold it.';

@@ -1,0 +1,246 @@
+-- 60_presence.sql: workers that come, stay, go and die
+--
+--   check_client        is this client made for this schema
+--   register_worker     a worker comes
+--   heartbeat           it is still there, and learns what it must stop
+--   unregister_worker   it goes
+--   give_back           its jobs go back, whatever the reason
+--   maintain            notices who has died, and prunes
+--
+-- A worker without a lease is present while some session holds the advisory lock (1886874482, low 31 bits of its id): it
+-- vanishes the moment the session dies, with nothing written while it lives. maintain() gives its jobs back when the lock
+-- has been gone for the grace, which also covers a restart of the server, when all locks vanish and all workers return.
+-- A worker with a lease is present until lease_until.
+-- Locks: worker rows with SKIP LOCKED (a claim in progress holds its worker's), then job rows by id, then queues by name.
+
+create function pgworker.check_client(protocol int) returns void
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if protocol is distinct from 1 then
+    raise exception using errcode = 'PW004',
+      message = format('the client speaks protocol %s, pgworker %s in this database speaks 1',
+                       coalesce(protocol::text, 'null'), pgworker.version()),
+      hint = case when protocol < 1 then 'Upgrade the client.'
+                  else 'Upgrade the extension (ALTER EXTENSION pgworker UPDATE, or pgworker upgrade).' end;
+  end if;
+end
+$$;
+comment on function pgworker.check_client(int) is
+  'Raises PW004 when a client that speaks this protocol number is too old or too new for the schema.';
+
+create function pgworker.presence_key(p_worker_id bigint) returns int
+language sql immutable parallel safe
+return (p_worker_id & 2147483647)::int;
+comment on function pgworker.presence_key(bigint) is 'Internal: second half of a worker''s advisory lock.';
+
+create function pgworker.register_worker(name text default null, lease interval default null) returns bigint
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now constant timestamptz := pgworker.clock();
+  v_id  bigint;
+begin
+  if lease <= interval '0' then
+    raise exception using errcode = '22023', message = format('lease must be longer than nothing, got %s', lease),
+      hint = 'Give an interval such as 30 seconds and call heartbeat() well within it, or null for presence by session.';
+  end if;
+  insert into pgworker.worker as w (name, lease, lease_until, registered_at)
+  values (register_worker.name, register_worker.lease, v_now + register_worker.lease, v_now)
+  returning w.id into v_id;
+  if lease is null then
+    perform pg_advisory_lock_shared(1886874482, pgworker.presence_key(v_id));
+  end if;
+  return v_id;
+end
+$$;
+comment on function pgworker.register_worker(text, interval) is
+  'Registers a worker and returns its id. Without a lease it is present as long as this database session lives; with one '
+  'it must call heartbeat() before the lease is over (for transaction poolers).';
+
+create function pgworker.heartbeat(worker_id bigint) returns table (job_id bigint, notice text)
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_lease interval;
+begin
+  select w.lease into v_lease from pgworker.worker w where w.id = heartbeat.worker_id;
+  if not found then
+    raise exception using errcode = 'PW002',
+      message = format('worker %s is unknown', coalesce(heartbeat.worker_id::text, 'null')),
+      hint = 'It was gone for too long and its jobs were given back: register anew.';
+  end if;
+  if v_lease is not null then
+    update pgworker.worker w set lease_until = pgworker.clock() + w.lease where w.id = heartbeat.worker_id;
+  elsif not exists (select from pg_catalog.pg_locks l
+                    where l.locktype = 'advisory' and l.classid = 1886874482 and l.objsubid = 2 and l.granted
+                      and l.objid = pgworker.presence_key(heartbeat.worker_id)::oid and l.pid = pg_backend_pid()) then
+    -- A new session of the same worker: it is present here from now on. Shared, because the server may not have noticed
+    -- yet that the old one is gone.
+    perform pg_advisory_lock_shared(1886874482, pgworker.presence_key(heartbeat.worker_id));
+  end if;
+
+  if not exists (select from pgworker.notice n where n.worker_id = heartbeat.worker_id) then
+    return;
+  end if;
+  delete from pgworker.notice n
+  where n.worker_id = heartbeat.worker_id and n.notice = 'cancel'
+    and not exists (select from pgworker.job j where j.id = n.job_id and j.locked_by = heartbeat.worker_id);
+  return query
+  select n.job_id, n.notice from pgworker.notice n where n.worker_id = heartbeat.worker_id order by n.job_id;
+  delete from pgworker.notice n where n.worker_id = heartbeat.worker_id and n.notice = 'lost';
+end
+$$;
+comment on function pgworker.heartbeat(bigint) is
+  'Renews the presence of a worker (its lease, or from a new session its session lock) and says which of its jobs are to '
+  'be stopped (cancel, until it has ended them) or are no longer its own (lost, once). Raises PW002 for an unknown worker.';
+
+-- Gives jobs of one worker back: those named, or all that it holds. p_refund: the attempt does not count, it was never
+-- started or was stopped in good order. Otherwise a job whose attempts are used up fails with p_error. Returns the ids.
+-- There is no index on locked_by (claims could not be HOT), so giving all back reads the live table once: it happens when
+-- a worker has died or says goodbye.
+create function pgworker.give_back(p_worker_id bigint, p_job_ids bigint[], p_refund boolean, p_error text)
+returns bigint[]
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set jit = off
+as $$
+declare
+  v_ids     bigint[];
+  v_over    bigint[];
+  v_states  text[];
+  v_errors  text[];
+  v_names   text[];
+  v_queued  bigint[];
+begin
+  if p_job_ids is null then
+    v_ids := array(select j.id from pgworker.job j where j.locked_by = p_worker_id order by j.id for update);
+  else
+    v_ids := array(select j.id from pgworker.job j where j.id = any (p_job_ids) and j.locked_by = p_worker_id
+                   order by j.id for update);
+  end if;
+  if cardinality(v_ids) = 0 then
+    return v_ids;
+  end if;
+
+  select array_agg(j.id), array_agg(case when j.cancel_reason is not null then 'cancelled' else 'failed' end),
+         array_agg(coalesce(j.cancel_reason, p_error))
+  into v_over, v_states, v_errors
+  from pgworker.job j
+  where j.id = any (v_ids) and (j.cancel_reason is not null or (not p_refund and j.attempts >= j.max_attempts));
+  if v_over is not null then
+    perform pgworker.finish(v_over, v_states, v_errors, null);
+  end if;
+
+  with back as (
+    update pgworker.job j
+    set locked_at = null, locked_by = null, attempts = j.attempts - p_refund::int,
+        last_error = case when p_refund then j.last_error else coalesce(p_error, j.last_error) end
+    where j.id = any (v_ids)
+    returning j.id, j.queue_name
+  )
+  select array_agg(b.queue_name), array_agg(b.id) into v_names, v_queued from back b where b.queue_name is not null;
+  perform pgworker.free_queues(v_names, v_queued);
+  perform nextval('pgworker.epoch');               -- they lie behind the cursors
+  perform pgworker.wake();
+  return v_ids;
+end
+$$;
+comment on function pgworker.give_back(bigint, bigint[], boolean, text) is
+  'Internal: makes jobs of a worker claimable again, or ends those that may not run again, and returns the ids of all.';
+
+create function pgworker.unregister_worker(worker_id bigint) returns void
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_lease interval;
+begin
+  select w.lease into v_lease from pgworker.worker w where w.id = unregister_worker.worker_id for update;
+  if not found then
+    raise exception using errcode = 'PW002',
+      message = format('worker %s is unknown', coalesce(unregister_worker.worker_id::text, 'null')),
+      hint = 'It was unregistered before, or was gone for too long; nothing is left to be done.';
+  end if;
+  perform pgworker.give_back(unregister_worker.worker_id, null, true, null);
+  delete from pgworker.notice n where n.worker_id = unregister_worker.worker_id;
+  delete from pgworker.worker w where w.id = unregister_worker.worker_id;
+  if v_lease is null and exists (
+       select from pg_catalog.pg_locks l
+       where l.locktype = 'advisory' and l.classid = 1886874482 and l.objsubid = 2 and l.granted
+         and l.objid = pgworker.presence_key(unregister_worker.worker_id)::oid and l.pid = pg_backend_pid()) then
+    perform pg_advisory_unlock_shared(1886874482, pgworker.presence_key(unregister_worker.worker_id));
+  end if;
+end
+$$;
+comment on function pgworker.unregister_worker(bigint) is
+  'A worker says goodbye: what it still holds goes back with its attempt. Raises PW002 for an unknown worker.';
+
+create function pgworker.maintain() returns interval
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+as $$
+declare
+  v_now    constant timestamptz := pgworker.clock();
+  v_grace  interval;
+  v_worker record;
+  v_next   interval := interval '1 second';
+begin
+  -- One at a time is enough; the others have nothing to add.
+  if not pg_try_advisory_xact_lock(1886874483, 1) then
+    return v_next;
+  end if;
+  select coalesce(max(s.value)::interval, interval '5 seconds') into v_grace
+  from pgworker.setting s where s.name = 'rescue_grace';
+
+  for v_worker in
+    select w.id, w.name, w.lease, w.lease_until, w.missing_since,
+           exists (select from pg_catalog.pg_locks l
+                   where l.locktype = 'advisory' and l.classid = 1886874482 and l.objsubid = 2 and l.granted
+                     and l.objid = pgworker.presence_key(w.id)::oid
+                     and l.database = (select d.oid from pg_catalog.pg_database d
+                                       where d.datname = current_database())) as present
+    from pgworker.worker w
+    order by w.id
+  loop
+    if v_worker.lease is not null then
+      continue when v_worker.lease_until > v_now;
+    elsif v_worker.present then
+      if v_worker.missing_since is not null then
+        update pgworker.worker w set missing_since = null where w.id = v_worker.id;
+      end if;
+      continue;
+    elsif v_worker.missing_since is null then
+      update pgworker.worker w set missing_since = v_now where w.id = v_worker.id;
+      v_next := least(v_next, v_grace);
+      continue;
+    elsif v_worker.missing_since + v_grace > v_now then
+      v_next := least(v_next, v_worker.missing_since + v_grace - v_now);
+      continue;
+    end if;
+    -- Locked only now: the lock keeps the worker's own claims out. Whoever claims at this moment is not dead.
+    perform from pgworker.worker w
+    where w.id = v_worker.id and (w.lease is null or w.lease_until <= v_now)
+    for update skip locked;
+    continue when not found;
+    perform pgworker.give_back(
+      v_worker.id, null, false,
+      format('worker %s vanished while it ran this job',
+             coalesce(v_worker.id || ' (' || v_worker.name || ')', v_worker.id::text)));
+    delete from pgworker.notice n where n.worker_id = v_worker.id;
+    delete from pgworker.worker w where w.id = v_worker.id;
+  end loop;
+
+  delete from pgworker.finished f
+  where f.id in (select o.id from pgworker.finished o where o.keep_until < v_now
+                 order by o.keep_until limit 1000 for update skip locked);
+  return greatest(v_next, interval '10 milliseconds');
+end
+$$;
+comment on function pgworker.maintain() is
+  'Gives back the jobs of workers that have vanished, and prunes finished jobs. Any session may call it, any number at '
+  'once; returns how long until the next call is useful.';

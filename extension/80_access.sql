@@ -1,0 +1,58 @@
+-- 80_access.sql: who may do what
+--
+-- Nothing is open to PUBLIC. Roles get functions and views, never tables: what they call runs with the rights of the
+-- installing role (SECURITY DEFINER, pinned search_path) where it has to touch a table. Administration stays with the
+-- owner.
+
+create function pgworker.grant_producer(role regrole) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  execute format('grant usage on schema pgworker to %s', role);
+  execute format(
+    'grant execute on function pgworker.version(), '
+    'pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text), '
+    'pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text), '
+    'pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text), '
+    'pgworker.add_jobs(jsonb), pgworker.trigger_job() to %s', role);
+end
+$$;
+comment on function pgworker.grant_producer(regrole) is 'Lets a role add jobs, and do nothing else.';
+
+create function pgworker.grant_worker(role regrole) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pgworker.grant_producer(role);
+  execute format(
+    'grant execute on function pgworker.check_client(int), pgworker.register_worker(text, interval), '
+    'pgworker.get_jobs(bigint, int, text[], text[]), pgworker.get_job(bigint, text[], text[]), '
+    'pgworker.complete_job(bigint, bigint, jsonb, int), '
+    'pgworker.fail_job(bigint, bigint, text, timestamptz, boolean, jsonb, int), '
+    'pgworker.cancel_job(bigint, bigint, text, int), '
+    'pgworker.finish_jobs(bigint, bigint[], jsonb[], bigint[], text[], int[]), '
+    'pgworker.release_jobs(bigint, bigint[]), pgworker.set_progress(bigint, bigint, jsonb), '
+    'pgworker.wait_for_children(bigint, bigint), pgworker.heartbeat(bigint), pgworker.unregister_worker(bigint), '
+    'pgworker.maintain(), pgworker.next_run_at(text[]) to %s', role);
+end
+$$;
+comment on function pgworker.grant_worker(regrole) is
+  'Lets a role speak the worker protocol, and add jobs as handlers do.';
+
+create function pgworker.grant_observer(role regrole) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  execute format('grant usage on schema pgworker to %s', role);
+  execute format('grant select on pgworker.jobs to %s', role);
+  -- clock and moved_clock: a view's functions run with the rights of who reads it
+  execute format('grant execute on function pgworker.version(), pgworker.clock(timestamptz), '
+                 'pgworker.moved_clock(timestamptz), pgworker.next_run_at(text[]) to %s', role);
+end
+$$;
+comment on function pgworker.grant_observer(regrole) is 'Lets a role look at every job, and change nothing.';
+
+revoke execute on all functions in schema pgworker from public;

@@ -1,0 +1,13 @@
+-- 99_dump.sql: pg_dump keeps the data of these; only an extension script may say so
+
+select pg_catalog.pg_extension_config_dump('pgworker.setting', '');
+select pg_catalog.pg_extension_config_dump('pgworker.job', '');
+select pg_catalog.pg_extension_config_dump('pgworker.finished', '');
+select pg_catalog.pg_extension_config_dump('pgworker.queue', '');
+select pg_catalog.pg_extension_config_dump('pgworker.task', '');
+select pg_catalog.pg_extension_config_dump('pgworker.worker', '');
+select pg_catalog.pg_extension_config_dump('pgworker.notice', '');
+select pg_catalog.pg_extension_config_dump('pgworker.job_id', '');
+select pg_catalog.pg_extension_config_dump('pgworker.worker_id', '');
+select pg_catalog.pg_extension_config_dump('pgworker.turn', '');
+select pg_catalog.pg_extension_config_dump('pgworker.epoch', '');
