@@ -10,6 +10,8 @@
 --   setting     options of this installation
 --   jobs        the public view over job and finished
 --
+-- Functions that look jobs up by key pin enable_seqscan = off: a session keeps its plans, and one that was made while the
+-- table was empty must not read all of it when it has grown.
 -- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel.
 -- Row order of lock taking everywhere: job rows by id, then queue rows by name, then worker rows by id.
 
@@ -204,6 +206,8 @@ comment on type pgworker.claimed_job is 'What a worker gets to know of a job tha
 create function pgworker.job_rows(p_ids bigint[]) returns setof pgworker.jobs
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 begin
   return query

@@ -42,6 +42,8 @@ create function pgworker.put_job(
 ) returns bigint
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_now   constant timestamptz := pgworker.clock(now());
@@ -108,6 +110,8 @@ create function pgworker.add_job(
 ) returns pgworker.jobs
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_invalid text;
@@ -187,7 +191,6 @@ declare
   v_bulk bigint[];
   v_spec record;
   v_one  pgworker.jobs;
-  v_n    bigint;
   v_rows pgworker.jobs[];
 begin
   if add_jobs.specs is null then
@@ -273,6 +276,8 @@ comment on function pgworker.add_jobs(jsonb) is
 create function pgworker.remove_job(job_key text) returns pgworker.jobs
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_id  bigint;

@@ -43,7 +43,6 @@ return case when p_at > 0 then '2000-01-01 00:00:00+00'::timestamptz + p_at * in
             else '-infinity' end;
 comment on function pgworker.cursor_time(bigint) is 'Internal: the time that cursor_at made a number of.';
 
--- Forty priorities are remembered; whoever uses more pays with more probes.
 create function pgworker.know_priorities(p_cursor bigint[], p_new int[]) returns bigint[]
 language plpgsql immutable parallel safe
 set search_path = pg_catalog, pg_temp
@@ -55,8 +54,7 @@ begin
   from (select p_cursor[g.n] as priority, p_cursor[g.n : g.n + 4] as entry
         from generate_series(6, cardinality(p_cursor), 5) as g(n)
         union all
-        select distinct u.priority, array[u.priority, 0, 0, 0, 0]::bigint[] from unnest(p_new) as u(priority)
-        order by 1 limit 40) as k
+        select distinct u.priority, array[u.priority, 0, 0, 0, 0]::bigint[] from unnest(p_new) as u(priority)) as k
   cross join lateral unnest(k.entry) with ordinality as e(value, n);
   return p_cursor[1:5] || v_known;
 end
@@ -135,7 +133,8 @@ declare
   v_now     constant timestamptz := pgworker.clock();
   v_flags   constant text[] := nullif(get_jobs.forbidden_flags, '{}');
   v_text    constant text := current_setting('pgworker.cursor', true);
-  v_whose   constant bigint := hashtext(concat_ws(' ', worker_id, tasks::text, '/', forbidden_flags::text)) & 2147483647;
+  v_whose   constant bigint := (hashtext(concat_ws(' ', worker_id, tasks::text, '/', forbidden_flags::text))
+                               & 2147483647)::bigint;
   v_margin  constant bigint := pgworker.cursor_at(v_now - interval '1 second');
   v_cursor  bigint[];
   v_worker  record;
@@ -148,7 +147,6 @@ declare
   v_queued  record;
   v_tids    tid[];
   v_left    int;
-  k         int;
 begin
   if max_jobs is null or max_jobs < 1 then
     raise exception using errcode = '22023',
@@ -178,7 +176,7 @@ begin
   else
     v_elapsed := pgworker.cursor_at(clock_timestamp()) - v_cursor[3];
     v_sweeps := v_elapsed < 0 or v_elapsed > greatest(250000, 20 * v_cursor[4])
-                or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 2000 or v_elapsed > 10 * v_cursor[4]));
+                or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 10000 or v_elapsed > 10 * v_cursor[4]));
   end if;
 
   loop
@@ -206,7 +204,7 @@ begin
                     and j.priority < coalesce(v_cursor[g.n + 5], 32768)
                   order by j.priority limit 1)) as f) end,
              v_sweeps
-             or exists (select from pgworker.queue q where q.turn > v_cursor[5] - 4 and q.job_id is null and not q.paused)
+             or exists (select from pgworker.queue q where q.turn > greatest(v_cursor[5] - 4, 0) and q.job_id is null and not q.paused)
              or exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
                         cross join lateral (
                           select from pgworker.job j
@@ -215,7 +213,7 @@ begin
                             and j.run_at <= v_now
                           limit 1) as f)
       into v_new, v_queues;
-      exit when coalesce(cardinality(v_new), 0) = 0 or cardinality(v_cursor) > 200;
+      exit when coalesce(cardinality(v_new), 0) = 0;
       v_cursor := pgworker.know_priorities(v_cursor, v_new);
     end loop;
 
@@ -249,7 +247,7 @@ begin
     if v_sweeps then
       -- The very first sweep of a session pays for making plans: its cost says nothing.
       v_cursor[4] := case when v_cursor[4] < 0 then 0
-                          else extract(epoch from clock_timestamp() - v_started) * 1000000 end;
+                          else (extract(epoch from clock_timestamp() - v_started) * 1000000)::bigint end;
       v_cursor[3] := pgworker.cursor_at(clock_timestamp());
       v_cursor[2] := v_worker.epoch;
     end if;
@@ -257,7 +255,8 @@ begin
     v_sweeps := true;                              -- nothing from the cursor on: look whether something lies behind it
   end loop;
 
-  perform set_config('pgworker.cursor', array_to_string(v_cursor, ' '), false);
+  -- Forty priorities are remembered; whoever uses more pays with more probes.
+  perform set_config('pgworker.cursor', array_to_string(v_cursor[1:205], ' '), false);
   if v_worker.lease is null
      and (v_left = max_jobs) is distinct from (coalesce(current_setting('pgworker.asleep', true), '') = 'yes') then
     perform pgworker.rest(v_left = max_jobs);
@@ -299,17 +298,17 @@ begin
   -- does no harm, walking over a million foreign jobs would.
   return (
     with recursive known as (
-      select min(p.priority)::int as priority from (
-        select j.priority from pgworker.job j where j.queue_name is null and not j.waiting
-        union all
-        select j.priority from pgworker.job j where j.queue_name is not null and not j.waiting) p
+      select -32769 as priority
       union all
-      select (select min(p.priority)::int from (
-                select j.priority from pgworker.job j
-                where j.queue_name is null and not j.waiting and j.priority > k.priority
-                union all
-                select j.priority from pgworker.job j
-                where j.queue_name is not null and not j.waiting and j.priority > k.priority) p)
+      select (select f.priority::int
+              from ((select j.priority from pgworker.job j
+                     where j.queue_name is null and not j.waiting and j.priority > k.priority
+                     order by j.priority limit 1)
+                    union all
+                    (select j.priority from pgworker.job j
+                     where j.queue_name is not null and not j.waiting and j.priority > k.priority
+                     order by j.priority limit 1)) as f
+              order by f.priority limit 1)
       from known k where k.priority is not null
     )
     select min(coalesce(n.found, n.reached))

@@ -48,14 +48,16 @@ as $$
 declare
   v_names text[];
   v_found text[];
-  v_heads text[];
+  v_first text[];              -- heads to be taken, then those that were
+  v_priorities smallint[];     -- of all heads, as the two below
+  v_run_ats timestamptz[];
+  v_ids   bigint[];
   v_left  record;
   v_rows  bigint;
   v_at    bigint;
   v_id    bigint;
   v_turn  bigint;
   v_margin constant bigint := pgworker.cursor_at(p_now - interval '1 second');
-  k       int;
 begin
   tids := '{}';
   moved := p_cursor;
@@ -81,7 +83,7 @@ begin
   else
     select array_agg(q.name), coalesce(max(q.turn), moved[5]) into v_names, v_turn
     from pgworker.queue q
-    where q.turn > moved[5] - 4 and q.job_id is null and not q.paused;
+    where q.turn > greatest(moved[5] - 4, 0) and q.job_id is null and not q.paused;
     moved[5] := v_turn;
     for k in 9 .. cardinality(moved) by 5 loop
       v_found := '{}';
@@ -153,15 +155,21 @@ begin
     order by b.priority, b.run_at, b.id
     limit p_limit
   )
-  select array_agg(f.name) filter (where f.name is not null) into v_heads from first f;
+  select array(select f.name from first f where f.name is not null),
+         array_agg(h.name), array_agg(h.priority), array_agg(h.run_at), array_agg(h.id)
+  into v_first, v_names, v_priorities, v_run_ats, v_ids
+  from head h;
+  if v_names is null then
+    return;
+  end if;
 
-  if v_heads is not null then
-    perform pgworker.make_queues(v_heads);
+  if cardinality(v_first) > 0 then
+    perform pgworker.make_queues(v_first);
     -- The head is looked up once more under the lock of its queue: the job that was seen may have run since.
     with free as materialized (
       select q.ctid as tid, q.name
       from pgworker.queue q
-      where q.name = any (v_heads) and q.job_id is null and not q.paused
+      where q.name = any (v_first) and q.job_id is null and not q.paused
       order by q.name
       for update skip locked
     ), head as materialized (
@@ -186,27 +194,20 @@ begin
       from head h
       join claimed c on c.id = h.id
       where q.ctid = h.queue_tid
-      returning q.job_id
+      returning q.name, q.job_id
     )
-    select coalesce(array_agg(c.tid), '{}') into tids
+    select coalesce(array_agg(c.tid), '{}'), coalesce(array_agg(t.name), '{}')
+    into tids, v_first
     from claimed c
-    where c.id in (select t.job_id from taken t);
+    join taken t on t.job_id = c.id;
   end if;
 
   -- Heads that were not taken must stay ahead of the cursor.
   for v_left in
     select g.n + 3 as n, m.run_at, m.id
     from (select distinct on (h.priority) h.priority, h.run_at, h.id
-          from (select distinct u.name from unnest(v_names) as u(name)) as d
-          cross join lateral (
-            select j.priority, j.run_at, j.id from pgworker.job j
-            where j.queue_name = d.name and not j.waiting and j.run_at <= p_now and j.locked_by is null
-              and (p_tasks is null or j.task_identifier = any (p_tasks))
-              and (p_paused is null or j.task_identifier <> all (p_paused))
-              and (p_flags is null or j.flags is null or not j.flags && p_flags)
-              and not exists (select from pgworker.queue q
-                              where q.name = d.name and (q.job_id is not null or q.paused))
-            order by j.priority, j.run_at, j.id limit 1) as h
+          from unnest(v_names, v_priorities, v_run_ats, v_ids) as h(name, priority, run_at, id)
+          where h.name not in (select t.name from unnest(v_first) as t(name))
           order by h.priority, h.run_at, h.id) as m
     join generate_series(6, cardinality(p_cursor), 5) as g(n) on p_cursor[g.n] = m.priority
   loop

@@ -18,6 +18,8 @@ create function pgworker.finish(
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 set jit = off
 as $$
 declare
@@ -61,6 +63,8 @@ returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 set jit = off
 as $$
 declare
@@ -125,14 +129,14 @@ declare
   v_completed constant bigint[] := coalesce(finish_jobs.completed, '{}');
   v_failed    constant bigint[] := coalesce(finish_jobs.failed, '{}');
   v_attempts  constant int[] := finish_jobs.attempts;
-  v_done      bigint[] := '{}';
+  v_done      bigint[] := array[]::bigint[];
   v_names     text[];
   v_queued    bigint[];
-  v_ids       bigint[] := '{}';
+  v_ids       bigint[] := array[]::bigint[];
   v_states    text[];
   v_errors    text[];
   v_results   jsonb[];
-  v_retry     bigint[] := '{}';
+  v_retry     bigint[] := array[]::bigint[];
   v_messages  text[];
 begin
   if cardinality(v_attempts) <> cardinality(v_completed) + cardinality(v_failed) then
@@ -166,7 +170,7 @@ begin
     with ended as materialized (
       select u.id, u.attempt, u.result, true as success, null::text as error
       from unnest(v_completed, v_attempts[1:cardinality(v_completed)], finish_jobs.results) as u(id, attempt, result)
-      where not (cardinality(v_done) > 0 and u.id = any (v_done))
+      where cardinality(v_done) < cardinality(v_completed) and u.id <> all (v_done)
       union all
       select u.id, u.attempt, null, false, coalesce(u.error, 'failed')
       from unnest(v_failed, v_attempts[cardinality(v_completed) + 1:], finish_jobs.errors) as u(id, attempt, error)
@@ -204,18 +208,16 @@ begin
     return query select u.id, 'completed'::text from unnest(v_completed) as u(id);
   else
     return query
-    with known as materialized (
-      select d.id, 'completed' as outcome from unnest(v_done) as d(id)
-      union all
-      select f.id, f.state from unnest(v_ids, v_states) as f(id, state)
-      union all
-      select r.id, 'scheduled' from unnest(v_retry) as r(id)
-    )
-    select u.id, coalesce((array_agg(k.outcome))[1], 'lost')
-    from unnest(v_completed || v_failed) with ordinality as u(id, n)
-    left join known k on k.id = u.id
-    group by u.id, u.n
-    order by u.n;
+    select s.id, coalesce(max(s.outcome), 'lost')
+    from (select u.id, u.n, null as outcome from unnest(v_completed || v_failed) with ordinality as u(id, n)
+          union all
+          select d.id, null, 'completed' from unnest(v_done) as d(id)
+          union all
+          select f.id, null, f.state from unnest(v_ids, v_states) as f(id, state)
+          union all
+          select r.id, null, 'scheduled' from unnest(v_retry) as r(id)) as s
+    group by s.id
+    order by min(s.n);
   end if;
 end
 $$;
@@ -229,6 +231,8 @@ comment on function pgworker.finish_jobs(bigint, bigint[], jsonb[], bigint[], te
 create function pgworker.lock_held(p_worker_id bigint, p_job_id bigint, p_attempt int) returns pgworker.job
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_job pgworker.job;
@@ -270,6 +274,8 @@ create function pgworker.fail_job(
 ) returns pgworker.jobs
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_job   pgworker.job;
@@ -300,6 +306,8 @@ create function pgworker.cancel_job(worker_id bigint, job_id bigint, reason text
 returns pgworker.jobs
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_job pgworker.job;
@@ -321,7 +329,7 @@ language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform pgworker.give_back(release_jobs.worker_id, release_jobs.job_ids, true, null);
+  perform pgworker.give_back(array[release_jobs.worker_id], coalesce(release_jobs.job_ids, '{}'), true, null);
 end
 $$;
 comment on function pgworker.release_jobs(bigint, bigint[]) is
@@ -331,6 +339,8 @@ comment on function pgworker.release_jobs(bigint, bigint[]) is
 create function pgworker.set_progress(worker_id bigint, job_id bigint, value jsonb) returns void
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 begin
   update pgworker.job j set progress = set_progress.value

@@ -4,6 +4,7 @@
 --   register_worker     a worker comes
 --   heartbeat           it is still there, and learns what it must stop
 --   unregister_worker   it goes
+--   held_jobs           what it holds, if it has lost count
 --   give_back           its jobs go back, whatever the reason
 --   maintain            notices who has died, and prunes
 --
@@ -98,36 +99,44 @@ comment on function pgworker.heartbeat(bigint) is
   'Renews the presence of a worker (its lease, or from a new session its session lock) and says which of its jobs are to '
   'be stopped (cancel, until it has ended them) or are no longer its own (lost, once). Raises PW002 for an unknown worker.';
 
--- Gives jobs of one worker back: those named, or all that it holds. p_refund: the attempt does not count, it was never
--- started or was stopped in good order. Otherwise a job whose attempts are used up fails with p_error. Returns the ids.
+-- Gives jobs of workers back: those named, or all that they hold. p_refund: the attempt does not count, it was never
+-- started or was stopped in good order. Otherwise a job whose attempts are used up fails with what happened to its worker
+-- (p_reason). Returns the ids.
 -- There is no index on locked_by (claims could not be HOT), so giving all back reads the live table once: it happens when
--- a worker has died or says goodbye.
-create function pgworker.give_back(p_worker_id bigint, p_job_ids bigint[], p_refund boolean, p_error text)
+-- a worker has died or says goodbye. All rows are locked in one go, by id, whichever worker they belong to.
+create function pgworker.give_back(p_worker_ids bigint[], p_job_ids bigint[], p_refund boolean, p_reason text)
 returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set jit = off
 as $$
 declare
-  v_ids     bigint[];
-  v_over    bigint[];
-  v_states  text[];
-  v_errors  text[];
-  v_names   text[];
-  v_queued  bigint[];
+  v_ids    bigint[];
+  v_over   bigint[];
+  v_states text[];
+  v_errors text[];
+  v_names  text[];
+  v_queued bigint[];
 begin
   if p_job_ids is null then
-    v_ids := array(select j.id from pgworker.job j where j.locked_by = p_worker_id order by j.id for update);
+    v_ids := array(select j.id from pgworker.job j where j.locked_by = any (p_worker_ids) order by j.id for update);
   else
-    v_ids := array(select j.id from pgworker.job j where j.id = any (p_job_ids) and j.locked_by = p_worker_id
+    v_ids := array(select j.id from pgworker.job j where j.id = any (p_job_ids) and j.locked_by = any (p_worker_ids)
                    order by j.id for update);
   end if;
   if cardinality(v_ids) = 0 then
     return v_ids;
   end if;
 
+  -- Noted first, while the rows still say who held them.
+  update pgworker.job j
+  set last_error = format('worker %s %s', coalesce(w.id || ' (' || w.name || ')', j.locked_by::text), p_reason)
+  from pgworker.job o
+  left join pgworker.worker w on w.id = o.locked_by
+  where j.id = any (v_ids) and o.id = j.id and p_reason is not null;
+
   select array_agg(j.id), array_agg(case when j.cancel_reason is not null then 'cancelled' else 'failed' end),
-         array_agg(coalesce(j.cancel_reason, p_error))
+         array_agg(coalesce(j.cancel_reason, j.last_error))
   into v_over, v_states, v_errors
   from pgworker.job j
   where j.id = any (v_ids) and (j.cancel_reason is not null or (not p_refund and j.attempts >= j.max_attempts));
@@ -137,8 +146,7 @@ begin
 
   with back as (
     update pgworker.job j
-    set locked_at = null, locked_by = null, attempts = j.attempts - p_refund::int,
-        last_error = case when p_refund then j.last_error else coalesce(p_error, j.last_error) end
+    set locked_at = null, locked_by = null, attempts = j.attempts - p_refund::int
     where j.id = any (v_ids)
     returning j.id, j.queue_name
   )
@@ -149,8 +157,23 @@ begin
   return v_ids;
 end
 $$;
-comment on function pgworker.give_back(bigint, bigint[], boolean, text) is
-  'Internal: makes jobs of a worker claimable again, or ends those that may not run again, and returns the ids of all.';
+comment on function pgworker.give_back(bigint[], bigint[], boolean, text) is
+  'Internal: makes jobs of workers claimable again, or ends those that may not run again, and returns the ids of all.';
+
+-- When the connection breaks under a claim, the claim may have been committed and its rows lost on the way. The worker
+-- lives on, so nobody would rescue them: it asks what it holds, and releases what it does not know.
+create function pgworker.held_jobs(worker_id bigint) returns table (job_id bigint, attempts int)
+language plpgsql stable parallel safe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+  select j.id, j.attempts::int from pgworker.job j where j.locked_by = held_jobs.worker_id order by j.id;
+end
+$$;
+comment on function pgworker.held_jobs(bigint) is
+  'The jobs that a worker holds, with their attempts: for a worker whose connection broke under a claim. Reads the whole '
+  'live table.';
 
 create function pgworker.unregister_worker(worker_id bigint) returns void
 language plpgsql volatile parallel unsafe security definer
@@ -165,7 +188,7 @@ begin
       message = format('worker %s is unknown', coalesce(unregister_worker.worker_id::text, 'null')),
       hint = 'It was unregistered before, or was gone for too long; nothing is left to be done.';
   end if;
-  perform pgworker.give_back(unregister_worker.worker_id, null, true, null);
+  perform pgworker.give_back(array[unregister_worker.worker_id], null, true, null);
   delete from pgworker.notice n where n.worker_id = unregister_worker.worker_id;
   delete from pgworker.worker w where w.id = unregister_worker.worker_id;
   if v_lease is null and exists (
@@ -188,6 +211,7 @@ declare
   v_now    constant timestamptz := pgworker.clock();
   v_grace  interval;
   v_worker record;
+  v_dead   bigint[] := array[]::bigint[];
   v_next   interval := interval '1 second';
 begin
   -- One at a time is enough; the others have nothing to add.
@@ -227,13 +251,14 @@ begin
     where w.id = v_worker.id and (w.lease is null or w.lease_until <= v_now)
     for update skip locked;
     continue when not found;
-    perform pgworker.give_back(
-      v_worker.id, null, false,
-      format('worker %s vanished while it ran this job',
-             coalesce(v_worker.id || ' (' || v_worker.name || ')', v_worker.id::text)));
-    delete from pgworker.notice n where n.worker_id = v_worker.id;
-    delete from pgworker.worker w where w.id = v_worker.id;
+    v_dead := v_dead || v_worker.id;
   end loop;
+
+  if cardinality(v_dead) > 0 then
+    perform pgworker.give_back(v_dead, null, false, 'vanished while it ran this job');
+    delete from pgworker.notice n where n.worker_id = any (v_dead);
+    delete from pgworker.worker w where w.id = any (v_dead);
+  end if;
 
   delete from pgworker.finished f
   where f.id in (select o.id from pgworker.finished o where o.keep_until < v_now

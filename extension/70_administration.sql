@@ -27,13 +27,11 @@ declare
   v_failed bigint[];
 begin
   perform pgworker.finish(v_ids, array_fill('completed'::text, array[cardinality(v_ids)]), null, null, true);
-  with changed as (
-    update pgworker.finished f
-    set state = 'completed', finished_at = pgworker.clock(), keep_until = pgworker.clock() + interval '1 day'
-    where f.id = any (complete_jobs.job_ids) and f.state = 'failed'
-    returning f.id
-  )
-  select array_agg(c.id) into v_failed from changed c;
+  v_failed := array(select f.id from pgworker.finished f
+                    where f.id = any (complete_jobs.job_ids) and f.state = 'failed' order by f.id for update);
+  update pgworker.finished f
+  set state = 'completed', finished_at = pgworker.clock(), keep_until = pgworker.clock() + interval '1 day'
+  where f.id = any (v_failed);
   return query select r.* from pgworker.job_rows(v_ids || v_failed) r;
 end
 $$;
@@ -214,20 +212,17 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_worker_id bigint;
-  v_taken     bigint[];
-  v_ids       bigint[] := '{}';
+  v_held constant bigint[] := array(
+    select j.id from pgworker.job j where j.locked_by = any (force_unlock_workers.worker_ids) order by j.id for update);
+  v_ids  bigint[];
 begin
-  for v_worker_id in
-    select distinct u.id from unnest(force_unlock_workers.worker_ids) as u(id) where u.id is not null order by u.id
-  loop
-    v_taken := pgworker.give_back(v_worker_id, null, false, format('worker %s was forced to give this job up', v_worker_id));
-    insert into pgworker.notice (worker_id, job_id, notice)
-    select v_worker_id, t.id, 'lost' from unnest(v_taken) as t(id)
-    where exists (select from pgworker.worker w where w.id = v_worker_id)
-    on conflict (worker_id, job_id) do update set notice = 'lost';
-    v_ids := v_ids || v_taken;
-  end loop;
+  insert into pgworker.notice (worker_id, job_id, notice)
+  select j.locked_by, j.id, 'lost'
+  from pgworker.job j
+  join pgworker.worker w on w.id = j.locked_by
+  where j.id = any (v_held)
+  on conflict (worker_id, job_id) do update set notice = 'lost';
+  v_ids := pgworker.give_back(force_unlock_workers.worker_ids, v_held, false, 'was forced to give this job up');
   return query select r.* from pgworker.job_rows(v_ids) r;
 end
 $$;
