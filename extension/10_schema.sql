@@ -207,6 +207,9 @@ create function pgworker.job_rows(p_ids bigint[]) returns setof pgworker.jobs
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set enable_nestloop = on
+set enable_hashjoin = off
+set enable_mergejoin = off
 set jit = off
 as $$
 begin

@@ -8,7 +8,7 @@
 --   trigger_job   a ready trigger function
 --
 -- Locks: the row with the same job key, if there is one. Nothing else is locked or written: no task row, no queue row.
--- A bulk call goes through keys in their order, so that two of them cannot wait for each other.
+-- A bulk call goes through its keys in their order, so that two of them cannot wait for each other.
 
 -- Sleepers hold an advisory lock (1886874483, 0) shared. A producer that gets it exclusively, for the moment of this
 -- call, knows that nobody sleeps and spares itself the NOTIFY, which would hold a cluster-wide lock until commit.
@@ -182,16 +182,20 @@ comment on function pgworker.add_job(text, text, text, timestamptz, int, text, i
 create function pgworker.add_jobs(specs jsonb) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_nestloop = off
+set jit = off
 as $$
 declare
-  v_now  constant timestamptz := pgworker.clock(now());
-  v_ids  bigint[];
-  v_due  boolean;
-  v_past boolean;
-  v_bulk bigint[];
-  v_spec record;
-  v_one  pgworker.jobs;
-  v_rows pgworker.jobs[];
+  v_now   constant timestamptz := pgworker.clock(now());
+  v_ids   bigint[];
+  v_folds bigint[];
+  v_first bigint[];
+  v_due   boolean;
+  v_past  boolean;
+  v_spec  record;
+  v_one   pgworker.jobs;
+  v_rows  pgworker.jobs[];
 begin
   if add_jobs.specs is null then
     raise exception using errcode = '22004', message = 'specs must not be null',
@@ -203,47 +207,51 @@ begin
       hint = 'Write [{"identifier": "send_email", "payload": {"to": 1}}, ...].';
   end if;
 
-  -- Ids first, in the order given: they ascend with it whatever order the rows are written in. Jobs without a key, and
-  -- keys that occur once and meet no live job, are one statement; in the order of their keys, so that two calls wait for
-  -- each other in one direction only. Where the order of the rows does not matter, it is the order of the ids.
+  -- Ids first, in the order given: they ascend with it whatever order the rows are written in.
   select array_agg(nextval('pgworker.job_id') order by g.n) into v_ids
   from generate_series(1, jsonb_array_length(add_jobs.specs)) as g(n);
 
+  -- Everything new in one statement, keys in their order. A key that is taken is locked there (an update that never
+  -- happens), so that two calls which share keys wait for each other in one direction only.
   with spec as materialized (
-    select s.n, s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now) as run_at, s.run_at as asked,
-           coalesce(s.max_attempts, 25) as max_attempts, s.job_key, coalesce(s.priority, 0) as priority,
-           nullif(s.flags, '{}') as flags,
+    select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
+           case when s.job_key is null then 1 else row_number() over (partition by s.job_key order by s.n) end as nth,
            case when s.job_key is null then 1 else count(*) over (partition by s.job_key) end as same_key
     from pgworker.read_specs(add_jobs.specs) s
   ), added as (
     insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
                                    created_at)
-    select v_ids[s.n], s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
-           v_now
+    select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now), coalesce(s.max_attempts, 25),
+           s.job_key, coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now
     from spec s
-    where s.same_key = 1
+    where s.nth = 1
     order by s.job_key nulls first, s.n
-    on conflict (key) where key is not null do nothing
-    returning j.id
+    on conflict (key) where key is not null do update set revision = j.revision where false
+    returning j.id, j.key
   )
-  select (select array_agg(a.id) from added a where exists (select from spec s where s.job_key is not null)),
-         bool_or(s.run_at <= pgworker.clock()), bool_or(s.asked < v_now)
-  into v_bulk, v_due, v_past
+  select array(select s.n from spec s where s.job_key is not null
+               and (s.same_key > 1 or not exists (select from added a where a.key = s.job_key))),
+         array(select a.id from added a where exists (select from spec s where s.job_key = a.key and s.same_key > 1)),
+         bool_or(coalesce(s.run_at, v_now) <= pgworker.clock()), bool_or(s.run_at < v_now)
+  into v_folds, v_first, v_due, v_past
   from spec s;
 
-  -- The rest meets a live job or another spec with its key: folded in order, as single calls would.
-  if exists (select from jsonb_array_elements(add_jobs.specs) as e(spec) where e.spec ->> 'job_key' is not null) then
+  -- The rest meets a live job, or another spec with its key: folded in the order given, as single calls would. All rows
+  -- are locked by us by now.
+  if cardinality(v_folds) > 0 then
     for v_spec in
       select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
-             s.job_key_mode
+             s.job_key_mode, a.id is not null as added
       from pgworker.read_specs(add_jobs.specs) s
-      where s.job_key is not null
-        and not exists (select from unnest(v_bulk) as b(id) where b.id = v_ids[s.n])
-      order by s.job_key, s.n
+      join unnest(v_folds) as f(n) on f.n = s.n
+      left join unnest(v_first) as a(id) on a.id = v_ids[s.n]
+      order by s.n
     loop
-      v_ids[v_spec.n] := pgworker.put_job(v_ids[v_spec.n], v_spec.identifier, v_spec.payload, v_spec.queue_name,
-                                          v_spec.run_at, v_spec.max_attempts, v_spec.job_key, v_spec.priority,
-                                          v_spec.flags, coalesce(v_spec.job_key_mode, 'replace'));
+      if not v_spec.added then
+        v_ids[v_spec.n] := pgworker.put_job(v_ids[v_spec.n], v_spec.identifier, v_spec.payload, v_spec.queue_name,
+                                            v_spec.run_at, v_spec.max_attempts, v_spec.job_key, v_spec.priority,
+                                            v_spec.flags, coalesce(v_spec.job_key_mode, 'replace'));
+      end if;
       select v.* into v_one from pgworker.jobs v where v.id = v_ids[v_spec.n];
       v_rows[v_spec.n] := v_one;
     end loop;

@@ -49,6 +49,7 @@ declare
   v_names text[];
   v_found text[];
   v_first text[];              -- heads to be taken, then those that were
+  v_free  text[];
   v_priorities smallint[];     -- of all heads, as the two below
   v_run_ats timestamptz[];
   v_ids   bigint[];
@@ -165,18 +166,16 @@ begin
 
   if cardinality(v_first) > 0 then
     perform pgworker.make_queues(v_first);
-    -- The head is looked up once more under the lock of its queue: the job that was seen may have run since.
-    with free as materialized (
-      select q.ctid as tid, q.name
-      from pgworker.queue q
-      where q.name = any (v_first) and q.job_id is null and not q.paused
-      order by q.name
-      for update skip locked
-    ), head as materialized (
-      select f.tid as queue_tid, h.tid, h.id
-      from free f
+    -- Locked in a statement of its own: the next one then sees the queues as they are under our locks, and their heads
+    -- are looked up once more, since the jobs that were seen may have run meanwhile.
+    v_free := array(select q.name from pgworker.queue q
+                    where q.name = any (v_first) and q.job_id is null and not q.paused
+                    order by q.name for update skip locked);
+    with head as materialized (
+      select f.name, h.id
+      from unnest(v_free) as f(name)
       cross join lateral (
-        select j.ctid as tid, j.id from pgworker.job j
+        select j.id from pgworker.job j
         where j.queue_name = f.name and not j.waiting and j.run_at <= p_now and j.locked_by is null
           and (p_tasks is null or j.task_identifier = any (p_tasks))
           and (p_paused is null or j.task_identifier <> all (p_paused))
@@ -187,19 +186,17 @@ begin
       update pgworker.job j
       set locked_at = p_now, locked_by = p_worker_id, attempts = j.attempts + 1
       from head h
-      where j.ctid = h.tid
+      where j.id = h.id
       returning j.ctid as tid, j.id
     ), taken as (
-      update pgworker.queue q set job_id = h.id
-      from head h
-      join claimed c on c.id = h.id
-      where q.ctid = h.queue_tid
-      returning q.name, q.job_id
+      update pgworker.queue q set job_id = c.id
+      from claimed c
+      join head h on h.id = c.id
+      where q.name = h.name
+      returning q.name
     )
-    select coalesce(array_agg(c.tid), '{}'), coalesce(array_agg(t.name), '{}')
-    into tids, v_first
-    from claimed c
-    join taken t on t.job_id = c.id;
+    select coalesce((select array_agg(c.tid) from claimed c), '{}'), array(select t.name from taken t)
+    into tids, v_first;
   end if;
 
   -- Heads that were not taken must stay ahead of the cursor.
