@@ -65,6 +65,8 @@ create sequence pgworker.epoch as bigint;
 comment on sequence pgworker.epoch is
   'Moves on when work appears behind the cursors of sessions: the next claim of each then sweeps. A sequence, because '
   'its last_value is one unversioned tuple, read without a snapshot and never bloated.';
+-- The first nextval of a sequence does not move last_value: it must not be the first that tells somebody to sweep.
+select nextval('pgworker.epoch');
 
 create table pgworker.job (
   id              bigint      not null default nextval('pgworker.job_id'),

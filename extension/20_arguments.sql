@@ -9,9 +9,9 @@
 
 create function pgworker.invalid_argument(
   p_identifier text, p_queue_name text, p_max_attempts numeric, p_job_key text, p_priority numeric, p_flags text[],
-  p_job_key_mode text
+  p_job_key_mode text, p_run_at timestamptz default null
 ) returns text
-language sql immutable parallel safe
+language sql stable parallel safe
 return case
   when p_identifier is null or length(p_identifier) not between 1 and 128 then 'identifier'
   when length(p_queue_name) not between 1 and 128 then 'queue_name'
@@ -21,16 +21,17 @@ return case
   when array_ndims(p_flags) > 1 then 'flags'
   when array_ndims(p_flags) = 1 and (array_position(p_flags, null) is not null
                                      or array_position(p_flags, '') is not null) then 'flags'
+  when p_run_at not between '0001-01-01 00:00:00+00'::timestamptz and '9999-12-31 00:00:00+00'::timestamptz then 'run_at'
   when p_job_key_mode not in ('replace', 'preserve_run_at', 'unsafe_dedupe') then 'job_key_mode'
 end;
-comment on function pgworker.invalid_argument(text, text, numeric, text, numeric, text[], text) is
+comment on function pgworker.invalid_argument(text, text, numeric, text, numeric, text[], text, timestamptz) is
   'Internal: the first of add_job''s arguments that breaks its limit; null when all are good.';
 
 create function pgworker.refuse_argument(
   p_argument text, p_identifier text, p_queue_name text, p_max_attempts numeric, p_job_key text, p_priority numeric,
-  p_flags text[], p_job_key_mode text, p_where text default ''
+  p_flags text[], p_job_key_mode text, p_run_at timestamptz default null, p_where text default ''
 ) returns boolean
-language plpgsql immutable parallel safe
+language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -58,6 +59,9 @@ begin
     when 'flags' then
       v_says := format('must be a plain list without NULL or empty members, got %s', left(p_flags::text, 200));
       v_hint := 'Leave the member out, or the whole argument for a job without flags.';
+    when 'run_at' then
+      v_says := format('must lie between the years 1 and 9999, got %s', p_run_at);
+      v_hint := 'Leave it out, or null, to run now; pause_task() and pause_queue() hold work back indefinitely.';
     else
       v_says := format('must be one of replace, preserve_run_at, unsafe_dedupe, got %s',
                        quote_literal(left(p_job_key_mode, 200)));
@@ -66,7 +70,8 @@ begin
   raise exception using errcode = v_code, message = format('%s%s %s', p_where, p_argument, v_says), hint = v_hint;
 end
 $$;
-comment on function pgworker.refuse_argument(text, text, text, numeric, text, numeric, text[], text, text) is
+comment on function pgworker.refuse_argument(
+  text, text, text, numeric, text, numeric, text[], text, timestamptz, text) is
   'Internal: raises 22023 (22004 for a null identifier) that names the argument, what it was and the way out.';
 
 create function pgworker.refuse_spec(p_spec jsonb, p_where text, p_keys text[]) returns boolean
@@ -148,13 +153,13 @@ returns table (n bigint, identifier text, payload jsonb, queue_name text, run_at
                job_key text, priority int, flags text[], job_key_mode text)
 language sql stable parallel safe
 begin atomic
-  select s.n, s.identifier, s.payload, s.queue_name,
-         case when s.run_at is not null then pgworker.read_time(s.run_at, format('specs[%s]', s.n - 1)) end,
-         s.max_attempts::int, s.job_key, s.priority::int, s.flags, s.job_key_mode
+  select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts::int, s.job_key, s.priority::int, s.flags, s.job_key_mode
   from (
     select e.n, e.spec ->> 'identifier' as identifier,
            coalesce(nullif(e.spec -> 'payload', 'null'), '{}') as payload,
-           e.spec ->> 'queue_name' as queue_name, e.spec ->> 'run_at' as run_at,
+           e.spec ->> 'queue_name' as queue_name,
+           case when e.spec ->> 'run_at' is not null
+                then pgworker.read_time(e.spec ->> 'run_at', format('specs[%s]', e.n - 1)) end as run_at,
            (e.spec ->> 'max_attempts')::numeric as max_attempts, e.spec ->> 'job_key' as job_key,
            (e.spec ->> 'priority')::numeric as priority,
            case when jsonb_typeof(e.spec -> 'flags') = 'array'
@@ -185,12 +190,12 @@ begin atomic
   ) as s
   where case
     when pgworker.invalid_argument(s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags,
-                                   s.job_key_mode) is null
+                                   s.job_key_mode, s.run_at) is null
       then true
     else pgworker.refuse_argument(
            pgworker.invalid_argument(s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags,
-                                     s.job_key_mode),
-           s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags, s.job_key_mode,
+                                     s.job_key_mode, s.run_at),
+           s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags, s.job_key_mode, s.run_at,
            format('specs[%s].', s.n - 1))
   end;
 end;

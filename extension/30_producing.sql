@@ -119,10 +119,11 @@ declare
   v_row     pgworker.jobs;
 begin
   v_invalid := pgworker.invalid_argument(add_job.identifier, add_job.queue_name, add_job.max_attempts, add_job.job_key,
-                                         add_job.priority, add_job.flags, add_job.job_key_mode);
+                                         add_job.priority, add_job.flags, add_job.job_key_mode, add_job.run_at);
   if v_invalid is not null then
     perform pgworker.refuse_argument(v_invalid, add_job.identifier, add_job.queue_name, add_job.max_attempts,
-                                     add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
+                                     add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode,
+                                     add_job.run_at);
   end if;
   v_id := pgworker.put_job(null, add_job.identifier, add_job.payload, add_job.queue_name, add_job.run_at,
                            add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags,
@@ -189,6 +190,7 @@ as $$
 declare
   v_now   constant timestamptz := pgworker.clock(now());
   v_ids   bigint[];
+  v_keys  text[];
   v_folds bigint[];
   v_first bigint[];
   v_due   boolean;
@@ -211,8 +213,14 @@ begin
   select array_agg(nextval('pgworker.job_id') order by g.n) into v_ids
   from generate_series(1, jsonb_array_length(add_jobs.specs)) as g(n);
 
-  -- Everything new in one statement, keys in their order. A key that is taken is locked there (an update that never
-  -- happens), so that two calls which share keys wait for each other in one direction only.
+  -- Live jobs with these keys are locked first, by id like everywhere. Then everything new in one statement, keys in
+  -- their order, where a key that came up meanwhile is locked too (by an update that never happens): two calls that share
+  -- keys wait for each other in one direction only.
+  v_keys := array(select e.spec ->> 'job_key' from jsonb_array_elements(add_jobs.specs) as e(spec)
+                  where e.spec ->> 'job_key' is not null);
+  if cardinality(v_keys) > 0 then
+    perform from pgworker.job j where j.key = any (v_keys) order by j.id for update;
+  end if;
   with spec as materialized (
     select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
            case when s.job_key is null then 1 else row_number() over (partition by s.job_key order by s.n) end as nth,

@@ -19,7 +19,7 @@
 --   then for each known priority, ascending:
 --   6 priority   7 run_at   8 id   9 run_at in queues   10 id in queues
 --
--- (whose: a hash of worker, tasks and flags, because another caller has passed over other jobs; times and costs in
+-- and, after a #, a hash of these, so that a garbled one is known and ignored (whose: a hash of worker, tasks and flags, because another caller has passed over other jobs; times and costs in
 -- microseconds; turn and the last two are read by 45_queues.sql). It is only a hint: what it misses (a transaction that
 -- began before and committed after the cursor had passed, a row that was locked and rolled back, work given back) is
 -- found by a sweep, a claim from the very start. Sweeps happen when the epoch moved, when a claim finds nothing, and
@@ -132,7 +132,7 @@ as $$
 declare
   v_now     constant timestamptz := pgworker.clock();
   v_flags   constant text[] := nullif(get_jobs.forbidden_flags, '{}');
-  v_text    constant text := current_setting('pgworker.cursor', true);
+  v_text    text := current_setting('pgworker.cursor', true);
   v_whose   constant bigint := (hashtext(concat_ws(' ', worker_id, tasks::text, '/', forbidden_flags::text))
                                & 2147483647)::bigint;
   v_margin  constant bigint := pgworker.cursor_at(v_now - interval '1 second');
@@ -167,16 +167,16 @@ begin
       hint = 'Call register_worker() first; a worker that was gone for too long has to register anew.';
   end if;
 
-  if translate(v_text, '0123456789 -', '') = '' then
-    v_cursor := string_to_array(v_text, ' ', '')::bigint[];
+  if hashtext(split_part(v_text, '#', 1))::text = split_part(v_text, '#', 2) then
+    v_cursor := string_to_array(split_part(v_text, '#', 1), ' ')::bigint[];
   end if;
-  if v_cursor[1] is distinct from v_whose or cardinality(v_cursor) % 5 <> 0 then
+  if v_cursor[1] is distinct from v_whose then
     v_cursor := array[v_whose, v_worker.epoch, 0, -1, 0];
     v_sweeps := true;
   else
     v_elapsed := pgworker.cursor_at(clock_timestamp()) - v_cursor[3];
     v_sweeps := v_elapsed < 0 or v_elapsed > greatest(250000, 20 * v_cursor[4])
-                or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 10000 or v_elapsed > 10 * v_cursor[4]));
+                or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 20000 or v_elapsed > 10 * v_cursor[4]));
   end if;
 
   loop
@@ -188,7 +188,7 @@ begin
     -- priorities that only others serve can make that dear: then it waits for sweeps, whose cost it counts in.) And is
     -- there anything for serial queues: jobs between cursor and now, or a queue that came free since?
     loop
-      select case when v_sweeps or v_cursor[4] < 2000 then array(
+      select case when v_sweeps or v_cursor[4] < 20000 then array(
                select f.priority::int
                from generate_series(1, cardinality(v_cursor), 5) as g(n)
                cross join lateral (
@@ -251,12 +251,13 @@ begin
       v_cursor[3] := pgworker.cursor_at(clock_timestamp());
       v_cursor[2] := v_worker.epoch;
     end if;
-    exit when v_sweeps or v_left < max_jobs or not (v_cursor[4] < 2000 or v_elapsed > 10 * v_cursor[4]);
+    exit when v_sweeps or v_left < max_jobs or not (v_cursor[4] < 5000 or v_elapsed > 10 * v_cursor[4]);
     v_sweeps := true;                              -- nothing from the cursor on: look whether something lies behind it
   end loop;
 
   -- Forty priorities are remembered; whoever uses more pays with more probes.
-  perform set_config('pgworker.cursor', array_to_string(v_cursor[1:205], ' '), false);
+  v_text := array_to_string(v_cursor[1:205], ' ');
+  perform set_config('pgworker.cursor', v_text || '#' || hashtext(v_text), false);
   if v_worker.lease is null
      and (v_left = max_jobs) is distinct from (coalesce(current_setting('pgworker.asleep', true), '') = 'yes') then
     perform pgworker.rest(v_left = max_jobs);

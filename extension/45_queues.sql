@@ -14,12 +14,12 @@
 --     queue are one hop.
 --
 -- It then takes the heads that come before the last of the unqueued jobs that fill the batch, and leaves the cursor
--- before the first head that it did not take. Locks: queue rows by name, then their head jobs, both with SKIP LOCKED, so
--- that no claim waits for another, and a queue that is not taken is not touched.
+-- before the first head that it did not take. Locks: queue rows, then their head jobs, both with SKIP LOCKED, so that no
+-- claim waits for another, and a queue that is not taken is not touched.
 
 -- Rows are made under an advisory try-lock: without it two claims of a new queue would wait for each other's commit. At
 -- most 128 at once, since such locks live in the server's shared lock table; the rest has its turn in the next claim.
-create function pgworker.make_queues(p_names text[]) returns void
+create function pgworker.make_queues(p_names text[], p_most int) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
@@ -29,13 +29,14 @@ begin
     where not exists (select from pgworker.queue q where q.name = n.name)
     limit 128
   ), mine as materialized (
-    select m.name from missing m where pg_try_advisory_xact_lock(1886874484, hashtext(m.name))
+    select m.name from missing m where pg_try_advisory_xact_lock(1886874484, hashtext(m.name)) limit p_most
   )
   insert into pgworker.queue (name) select m.name from mine m order by m.name
   on conflict (name) do nothing;
 end
 $$;
-comment on function pgworker.make_queues(text[]) is 'Internal: makes the rows of queues that have none yet.';
+comment on function pgworker.make_queues(text[], int) is
+  'Internal: makes the rows of up to p_most of these queues that have none yet.';
 
 create function pgworker.claim_queued(
   p_worker_id bigint, p_now timestamptz, p_limit int, p_tasks text[], p_flags text[], p_paused text[],
@@ -48,7 +49,8 @@ as $$
 declare
   v_names text[];
   v_found text[];
-  v_first text[];              -- heads to be taken, then those that were
+  v_wanted int;                -- how many heads are among the first p_limit jobs
+  v_taken text[] := array[]::text[];
   v_free  text[];
   v_priorities smallint[];     -- of all heads, as the two below
   v_run_ats timestamptz[];
@@ -156,21 +158,25 @@ begin
     order by b.priority, b.run_at, b.id
     limit p_limit
   )
-  select array(select f.name from first f where f.name is not null),
+  select (select count(f.name) from first f),
          array_agg(h.name), array_agg(h.priority), array_agg(h.run_at), array_agg(h.id)
-  into v_first, v_names, v_priorities, v_run_ats, v_ids
-  from head h;
+  into v_wanted, v_names, v_priorities, v_run_ats, v_ids
+  from (select u.name, u.priority, u.run_at, u.id from head u order by u.priority, u.run_at, u.id) as h;
   if v_names is null then
     return;
   end if;
 
-  if cardinality(v_first) > 0 then
-    perform pgworker.make_queues(v_first);
+  if v_wanted > 0 then
+    perform pgworker.make_queues(v_names, v_wanted);
+    -- As many as we want, in the order of their heads; one that another claim holds is passed over for the next.
     -- Locked in a statement of its own: the next one then sees the queues as they are under our locks, and their heads
     -- are looked up once more, since the jobs that were seen may have run meanwhile.
-    v_free := array(select q.name from pgworker.queue q
-                    where q.name = any (v_first) and q.job_id is null and not q.paused
-                    order by q.name for update skip locked);
+    v_free := array(select q.name
+                    from unnest(v_names) with ordinality as h(name, n)
+                    cross join lateral (select f.name from pgworker.queue f
+                                        where f.name = h.name and f.job_id is null and not f.paused
+                                        for update skip locked) as q
+                    order by h.n limit v_wanted);
     with head as materialized (
       select f.name, h.id
       from unnest(v_free) as f(name)
@@ -196,7 +202,7 @@ begin
       returning q.name
     )
     select coalesce((select array_agg(c.tid) from claimed c), '{}'), array(select t.name from taken t)
-    into tids, v_first;
+    into tids, v_taken;
   end if;
 
   -- Heads that were not taken must stay ahead of the cursor.
@@ -204,7 +210,7 @@ begin
     select g.n + 3 as n, m.run_at, m.id
     from (select distinct on (h.priority) h.priority, h.run_at, h.id
           from unnest(v_names, v_priorities, v_run_ats, v_ids) as h(name, priority, run_at, id)
-          where h.name not in (select t.name from unnest(v_first) as t(name))
+          where h.name <> all (v_taken)
           order by h.priority, h.run_at, h.id) as m
     join generate_series(6, cardinality(p_cursor), 5) as g(n) on p_cursor[g.n] = m.priority
   loop

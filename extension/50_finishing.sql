@@ -282,6 +282,11 @@ declare
   v_error constant text := coalesce(fail_job.error_message, 'failed');
   v_row   pgworker.jobs;
 begin
+  if pgworker.invalid_argument('-', null, null, null, null, null, null, fail_job.retry_at) is not null then
+    raise exception using errcode = '22023',
+      message = format('retry_at must lie between the years 1 and 9999, got %s', fail_job.retry_at),
+      hint = 'Leave it out, or null, for the usual backoff; set permanent for no further attempt.';
+  end if;
   v_job := pgworker.lock_held(fail_job.worker_id, fail_job.job_id, fail_job.attempt);
   if v_job.cancel_reason is not null or v_job.attempts >= v_job.max_attempts or coalesce(permanent, false) then
     if fail_job.payload is not null then

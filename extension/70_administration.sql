@@ -65,32 +65,29 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ids bigint[];
+  v_ids   bigint[];
+  v_keeps boolean;
 begin
-  with dead as materialized (
+  v_ids := array(
     select f.id from pgworker.finished f
     where f.id = any (p_ids) and f.state = any (p_states)
       and coalesce(p_attempts, f.attempts) < coalesce(p_max_attempts, f.max_attempts)
     order by f.id
-    for update
-  ), gone as (
-    delete from pgworker.finished f using dead d where f.id = d.id
-    returning f.id, f.created_at, f.parent_id, f.root_id, f.revision, f.priority, f.attempts, f.max_attempts,
-              f.task_identifier, f.payload, f.queue_name, f.key, f.flags, f.last_error, f.progress, f.name, f.on_failure
-  ), back as (
-    insert into pgworker.job as j (id, run_at, created_at, parent_id, root_id, revision, priority, attempts, max_attempts,
-                                   task_identifier, payload, queue_name, key, flags, last_error, progress, name,
-                                   on_failure)
-    select g.id, coalesce(p_run_at, pgworker.clock(now())), g.created_at, g.parent_id, g.root_id, g.revision,
-           coalesce(p_priority, g.priority), coalesce(p_attempts, g.attempts), coalesce(p_max_attempts, g.max_attempts),
-           g.task_identifier, g.payload, g.queue_name,
-           case when row_number() over (partition by g.key order by g.id) = 1
-                     and not exists (select from pgworker.job l where l.key = g.key) then g.key end,
-           g.flags, g.last_error, g.progress, g.name, g.on_failure
-    from gone g
-    returning j.id
-  )
-  select coalesce(array_agg(b.id order by b.id), '{}') into v_ids from back b;
+    for update);
+  -- Twice: with their keys, in the order of keys, and what meets a live job once more without.
+  for v_keeps in select k.keeps from unnest(array[true, false]) with ordinality as k(keeps, n) order by k.n loop
+    insert into pgworker.job (id, run_at, created_at, parent_id, root_id, revision, priority, attempts, max_attempts,
+                              task_identifier, payload, queue_name, key, flags, last_error, progress, name, on_failure)
+    select f.id, coalesce(p_run_at, f.run_at), f.created_at, f.parent_id, f.root_id, f.revision,
+           coalesce(p_priority, f.priority), coalesce(p_attempts, f.attempts), coalesce(p_max_attempts, f.max_attempts),
+           f.task_identifier, f.payload, f.queue_name, case when v_keeps then f.key end, f.flags, f.last_error,
+           f.progress, f.name, f.on_failure
+    from pgworker.finished f
+    where f.id = any (v_ids) and (v_keeps or not exists (select from pgworker.job j where j.id = f.id))
+    order by f.key, f.id
+    on conflict (key) where key is not null do nothing;
+  end loop;
+  delete from pgworker.finished f where f.id = any (v_ids);
   return v_ids;
 end
 $$;
@@ -110,10 +107,10 @@ declare
   v_job     record;
 begin
   v_invalid := pgworker.invalid_argument('-', null, reschedule_jobs.max_attempts, null, reschedule_jobs.priority, null,
-                                         null);
+                                         null, reschedule_jobs.run_at);
   if v_invalid is not null then
     perform pgworker.refuse_argument(v_invalid, '-', null, reschedule_jobs.max_attempts, null, reschedule_jobs.priority,
-                                     null, null);
+                                     null, null, reschedule_jobs.run_at);
   end if;
   if attempts not between 0 and 32766 then
     raise exception using errcode = '22023',
@@ -151,7 +148,7 @@ end
 $$;
 comment on function pgworker.reschedule_jobs(bigint[], timestamptz, int, int, int) is
   'Changes jobs that are not running; null leaves a value as it is. A failed job that then has attempts left is live '
-  'again (at run_at, or now). Returns the changed ones. Raises 22023 for values out of add_job''s limits, and for a live '
+  'again (at run_at, or when it was due before). Returns the changed ones. Raises 22023 for values out of add_job''s limits, and for a live '
   'job that would be left without an attempt.';
 
 create function pgworker.retry_jobs(job_ids bigint[]) returns setof pgworker.jobs
@@ -161,7 +158,7 @@ as $$
 declare
   v_ids bigint[];
 begin
-  v_ids := pgworker.revive(retry_jobs.job_ids, array['failed', 'cancelled'], null, null, 0, null);
+  v_ids := pgworker.revive(retry_jobs.job_ids, array['failed', 'cancelled'], pgworker.clock(now()), null, 0, null);
   if cardinality(v_ids) > 0 then
     perform pgworker.wake();
   end if;
