@@ -191,6 +191,7 @@ declare
   v_now   constant timestamptz := pgworker.clock(now());
   v_ids   bigint[];
   v_keys  text[];
+  v_locked bigint;
   v_folds bigint[];
   v_first bigint[];
   v_due   boolean;
@@ -213,36 +214,52 @@ begin
   select array_agg(nextval('pgworker.job_id') order by g.n) into v_ids
   from generate_series(1, jsonb_array_length(add_jobs.specs)) as g(n);
 
-  -- Live jobs with these keys are locked first, by id like everywhere. Then everything new in one statement, keys in
-  -- their order, where a key that came up meanwhile is locked too (by an update that never happens): two calls that share
-  -- keys wait for each other in one direction only.
-  v_keys := array(select e.spec ->> 'job_key' from jsonb_array_elements(add_jobs.specs) as e(spec)
+  v_keys := array(select distinct e.spec ->> 'job_key' from jsonb_array_elements(add_jobs.specs) as e(spec)
                   where e.spec ->> 'job_key' is not null);
-  if cardinality(v_keys) > 0 then
-    perform from pgworker.job j where j.key = any (v_keys) order by j.id for update;
-  end if;
-  with spec as materialized (
-    select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
-           case when s.job_key is null then 1 else row_number() over (partition by s.job_key order by s.n) end as nth,
-           case when s.job_key is null then 1 else count(*) over (partition by s.job_key) end as same_key
-    from pgworker.read_specs(add_jobs.specs) s
-  ), added as (
-    insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
-                                   created_at)
-    select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now), coalesce(s.max_attempts, 25),
-           s.job_key, coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now
-    from spec s
-    where s.nth = 1
-    order by s.job_key nulls first, s.n
-    on conflict (key) where key is not null do update set revision = j.revision where false
-    returning j.id, j.key
-  )
-  select array(select s.n from spec s where s.job_key is not null
-               and (s.same_key > 1 or not exists (select from added a where a.key = s.job_key))),
-         array(select a.id from added a where exists (select from spec s where s.job_key = a.key and s.same_key > 1)),
-         bool_or(coalesce(s.run_at, v_now) <= pgworker.clock()), bool_or(s.run_at < v_now)
-  into v_folds, v_first, v_due, v_past
-  from spec s;
+  loop
+    begin
+      -- Live jobs with these keys are locked by id, like everywhere. Then everything new goes in with one statement, keys
+      -- in their order, which waits for nobody but those who are just adding one of them. So far two calls that share
+      -- keys wait for each other in one direction only. A key that came up in between can then be locked at once, or
+      -- everything is undone and begun again: waiting for it here could be a deadlock.
+      perform from pgworker.job j where j.key = any (v_keys) order by j.id for update;
+
+      with spec as materialized (
+        select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
+               case when s.job_key is null then 1 else row_number() over (partition by s.job_key order by s.n) end as nth,
+               case when s.job_key is null then 1 else count(*) over (partition by s.job_key) end as same_key
+        from pgworker.read_specs(add_jobs.specs) s
+      ), added as (
+        insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority,
+                                       flags, created_at)
+        select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now),
+               coalesce(s.max_attempts, 25), s.job_key, coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now
+        from spec s
+        where s.nth = 1
+        order by s.job_key nulls first, s.n
+        on conflict (key) where key is not null do nothing
+        returning j.id, j.key
+      )
+      select array(select s.n from spec s where s.job_key is not null
+                   and (s.same_key > 1 or not exists (select from added a where a.key = s.job_key))),
+             array(select a.id from added a
+                   where exists (select from spec s where s.job_key = a.key and s.same_key > 1)),
+             bool_or(coalesce(s.run_at, v_now) <= pgworker.clock()), bool_or(s.run_at < v_now)
+      into v_folds, v_first, v_due, v_past
+      from spec s;
+
+      if cardinality(v_folds) > 0 then
+        perform from pgworker.job j where j.key = any (v_keys) order by j.id for update nowait;
+        get diagnostics v_locked = row_count;
+        if v_locked < cardinality(v_keys) then     -- one has gone since
+          raise lock_not_available;
+        end if;
+      end if;
+      exit;
+    exception when lock_not_available then
+      -- once more
+    end;
+  end loop;
 
   -- The rest meets a live job, or another spec with its key: folded in the order given, as single calls would. All rows
   -- are locked by us by now.

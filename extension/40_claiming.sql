@@ -188,7 +188,7 @@ begin
     -- priorities that only others serve can make that dear: then it waits for sweeps, whose cost it counts in.) And is
     -- there anything for serial queues: jobs between cursor and now, or a queue that came free since?
     loop
-      select case when v_sweeps or v_cursor[4] < 20000 then array(
+      select case when v_sweeps or v_cursor[4] < 20000 or cardinality(v_cursor) >= 1005 then array(
                select f.priority::int
                from generate_series(1, cardinality(v_cursor), 5) as g(n)
                cross join lateral (
@@ -255,8 +255,8 @@ begin
     v_sweeps := true;                              -- nothing from the cursor on: look whether something lies behind it
   end loop;
 
-  -- Forty priorities are remembered; whoever uses more pays with more probes.
-  v_text := array_to_string(v_cursor[1:205], ' ');
+  -- Two hundred priorities are remembered; whoever uses more pays with more probes.
+  v_text := array_to_string(v_cursor[1:1005], ' ');
   perform set_config('pgworker.cursor', v_text || '#' || hashtext(v_text), false);
   if v_worker.lease is null
      and (v_left = max_jobs) is distinct from (coalesce(current_setting('pgworker.asleep', true), '') = 'yes') then

@@ -158,7 +158,7 @@ begin
     order by b.priority, b.run_at, b.id
     limit p_limit
   )
-  select (select count(f.name) from first f),
+  select (select count(f.name)::int from first f),
          array_agg(h.name), array_agg(h.priority), array_agg(h.run_at), array_agg(h.id)
   into v_wanted, v_names, v_priorities, v_run_ats, v_ids
   from (select u.name, u.priority, u.run_at, u.id from head u order by u.priority, u.run_at, u.id) as h;
