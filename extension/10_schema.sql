@@ -15,6 +15,9 @@
 -- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel.
 -- Row order of lock taking everywhere: job rows by id, then queue rows by name, then worker rows by id.
 
+-- What is created here is bound now: nothing of whoever installs it may come between.
+set local search_path = pg_catalog, pg_temp;
+
 create schema pgworker;
 comment on schema pgworker is 'pgworker: a job queue that lives in the database';
 
