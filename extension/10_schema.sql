@@ -109,8 +109,11 @@ comment on table pgworker.job is
 -- No index and no predicate names a column that a claim changes (locked_at, locked_by, attempts): a claim then writes
 -- one heap tuple and no index entry. What a claim leaves behind in the index is jumped over by the session cursor.
 create index job_claim on pgworker.job (priority, run_at, id) where queue_name is null and not waiting;
-create index job_claim_queued on pgworker.job (priority, run_at, id) where queue_name is not null and not waiting;
-create index job_queue on pgworker.job (queue_name, priority, run_at, id) where queue_name is not null and not waiting;
+-- The two indexes of queued jobs have predicates that hold for all of them and differ, and each statement states that of
+-- the index that it means: on an empty table the planner sees no difference between them, and a session keeps its plan.
+create index job_claim_queued on pgworker.job (priority, run_at, id)
+  where queue_name is not null and not waiting and id > 0;
+create index job_queue on pgworker.job (queue_name, priority, run_at, id) where queue_name > '' and not waiting;
 create unique index job_key on pgworker.job (key) where key is not null;
 
 create table pgworker.finished (
@@ -146,7 +149,7 @@ create table pgworker.queue (
   job_id bigint,
   turn   bigint  not null default 0,
   paused boolean not null default false
-) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+) with (fillfactor = 40, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
         autovacuum_vacuum_cost_delay = 0);
 comment on table pgworker.queue is
   'Serial queues. job_id: the job that runs now, null when the queue is free. turn: numbers the moment when it last '

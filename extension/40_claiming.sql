@@ -199,7 +199,7 @@ begin
                   order by j.priority limit 1)
                  union all
                  (select j.priority from pgworker.job j
-                  where j.queue_name is not null and not j.waiting
+                  where j.queue_name is not null and not j.waiting and j.id > 0
                     and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
                     and j.priority < coalesce(v_cursor[g.n + 5], 32768)
                   order by j.priority limit 1)) as f) end,
@@ -208,7 +208,7 @@ begin
              or exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
                         cross join lateral (
                           select from pgworker.job j
-                          where j.queue_name is not null and not j.waiting and j.priority = v_cursor[g.n]
+                          where j.queue_name is not null and not j.waiting and j.id > 0 and j.priority = v_cursor[g.n]
                             and (j.run_at, j.id) > (pgworker.cursor_time(v_cursor[g.n + 3]), v_cursor[g.n + 4])
                             and j.run_at <= v_now
                           limit 1) as f)
@@ -307,7 +307,7 @@ begin
                      order by j.priority limit 1)
                     union all
                     (select j.priority from pgworker.job j
-                     where j.queue_name is not null and not j.waiting and j.priority > k.priority
+                     where j.queue_name is not null and not j.waiting and j.id > 0 and j.priority > k.priority
                      order by j.priority limit 1)) as f
               order by f.priority limit 1)
       from known k where k.priority is not null
@@ -324,7 +324,8 @@ begin
       select min(s.run_at) filter (where next_run_at.tasks is null or s.task_identifier = any (next_run_at.tasks)),
              case when count(*) = 1000 then max(s.run_at) end
       from (select j.run_at, j.task_identifier from pgworker.job j
-            where j.queue_name is not null and not j.waiting and j.priority = k.priority and j.run_at > pgworker.clock()
+            where j.queue_name is not null and not j.waiting and j.id > 0 and j.priority = k.priority
+              and j.run_at > pgworker.clock()
             order by j.run_at, j.id limit 1000) as s
     ) as n
     where k.priority is not null);

@@ -69,10 +69,10 @@ begin
     moved[5] := coalesce((select max(q.turn) from pgworker.queue q), moved[5]);
     with recursive hop as (
       (select j.queue_name from pgworker.job j
-       where j.queue_name is not null and not j.waiting order by j.queue_name limit 1)
+       where j.queue_name > '' and not j.waiting order by j.queue_name limit 1)
       union all
       select (select j.queue_name from pgworker.job j
-              where j.queue_name > h.queue_name and not j.waiting order by j.queue_name limit 1)
+              where j.queue_name > h.queue_name and j.queue_name > '' and not j.waiting order by j.queue_name limit 1)
       from hop h where h.queue_name is not null
     )
     select array_agg(h.queue_name) into v_names
@@ -96,7 +96,7 @@ begin
                coalesce((array_agg(s.id))[count(*)], moved[k + 1])
         into v_found, v_rows, v_at, v_id
         from (select j.queue_name, j.run_at, j.id from pgworker.job j
-              where j.queue_name is not null and not j.waiting
+              where j.queue_name is not null and not j.waiting and j.id > 0
                 and j.priority = p_cursor[k - 3]
                 and (j.run_at, j.id) > (pgworker.cursor_time(moved[k]), moved[k + 1]) and j.run_at <= p_now
                 and j.locked_by is null
@@ -130,7 +130,7 @@ begin
     from (select distinct u.name from unnest(v_names) as u(name)) as n
     cross join lateral (
       select j.priority, j.run_at, j.id from pgworker.job j
-      where j.queue_name = n.name and not j.waiting and j.run_at <= p_now and j.locked_by is null
+      where j.queue_name = n.name and j.queue_name > '' and not j.waiting and j.run_at <= p_now and j.locked_by is null
         and (p_tasks is null or j.task_identifier = any (p_tasks))
         and (p_paused is null or j.task_identifier <> all (p_paused))
         and (p_flags is null or j.flags is null or not j.flags && p_flags)
@@ -182,7 +182,7 @@ begin
       from unnest(v_free) as f(name)
       cross join lateral (
         select j.id from pgworker.job j
-        where j.queue_name = f.name and not j.waiting and j.run_at <= p_now and j.locked_by is null
+        where j.queue_name = f.name and j.queue_name > '' and not j.waiting and j.run_at <= p_now and j.locked_by is null
           and (p_tasks is null or j.task_identifier = any (p_tasks))
           and (p_paused is null or j.task_identifier <> all (p_paused))
           and (p_flags is null or j.flags is null or not j.flags && p_flags)
@@ -228,6 +228,10 @@ comment on function pgworker.claim_queued(
 create function pgworker.free_queues(p_names text[], p_job_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
 as $$
 declare
   v_turn bigint;
@@ -244,7 +248,7 @@ begin
   where q.name = f.name and q.job_id = f.job_id;
   -- The caller will claim next, but perhaps not this task.
   if exists (select from unnest(p_names) as f(name)
-             join pgworker.job j on j.queue_name = f.name and not j.waiting
+             join pgworker.job j on j.queue_name = f.name and j.queue_name > '' and not j.waiting
              where j.locked_by is null and j.run_at <= pgworker.clock()) then
     perform pgworker.wake();
   end if;
