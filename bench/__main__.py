@@ -1,0 +1,79 @@
+"""``python -m bench``: measure, and print one table. ``bench/README.md`` says what and how."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from bench import machine
+from bench.adding import adding, latency
+from bench.claims import claims
+from bench.draining import foreign, held, throughput
+from bench.report import ratio, table
+from bench.setting import QUICK, Bench, Sizes
+from bench.sides import PeerMissingError, peers, pgworker
+from pgworker_client.embedded import EmbeddedServer
+from pgworker_client.installations import NoPostgresError
+
+MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
+    "throughput": throughput,
+    "adding": adding,
+    "latency": latency,
+    "held": held,
+    "foreign": foreign,
+    "claims": claims,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what was asked for, and return the process's status."""
+    parser = argparse.ArgumentParser(prog="./run bench", description="Measure pgworker on a throwaway server.")
+    parser.add_argument("--runs", type=_positive, metavar="N", help="how often to measure everything (5; quick: 1)")
+    parser.add_argument("--quick", action="store_true", help="small numbers: does it work, not how fast is it")
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, metavar="NAME", help=", ".join(MEASUREMENTS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
+    given = parser.parse_args(arguments)
+    sizes = QUICK if given.quick else Sizes()
+    try:
+        ours, others = pgworker(), peers(os.environ.get("BENCH_PEERS", ""))
+        server = EmbeddedServer(settings=machine.settings(), durable=True)
+    except (PeerMissingError, NoPostgresError) as missing:
+        print(f"bench: {missing}", file=sys.stderr)
+        return 2
+    with server:
+        bench = Bench(server, ours, others, sizes, given.runs or (1 if given.quick else 5))
+        about = {side.name: side.about for side in (ours, *others)}
+        facts = machine.facts(server) | about
+        for side in (ours, *others):
+            side.install(server)
+        for name in given.only or MEASUREMENTS:
+            print(f"{name} …", flush=True)
+            MEASUREMENTS[name](bench)
+    facts["runs"] = f"{bench.runs}, load at the end {machine.load()}"
+    print("\n" + table(bench.numbers, list(about), sizes))
+    print("\nMedians (least–most). Ratios are medians of the ratios run by run.")
+    print("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
+    if given.json:
+        ratios = {
+            row: {peer.name: ratio(sides[ours.name], sides[peer.name]) for peer in others if peer.name in sides}
+            for row, sides in bench.numbers.items()
+        }
+        written = {"facts": facts, "sizes": asdict(sizes), "numbers": bench.numbers, "ratios": ratios}
+        given.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""How fast one session adds jobs, and how soon a job that was added runs.
+
+These take short moments, so within a run the sides alternate too, block by block: whatever else the machine does meanwhile
+hits them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Iterator
+
+from bench.processes import Child, wait_until
+from bench.setting import Bench
+from bench.sides import Side
+
+BLOCKS = 20
+
+
+def adding(bench: Bench) -> None:
+    """Add jobs one by one, each in a transaction of its own, then many with one call; nobody works meanwhile."""
+    sizes = bench.sizes
+    singles = sizes.singles // BLOCKS
+    for sides in bench.rounds():
+        with _producers(bench, sides) as producers:
+            spent = dict.fromkeys(producers, 0.0)
+            for _ in range(BLOCKS):
+                for name, producer in producers.items():
+                    spent[name] += producer.ask("single", singles)
+            for side in sides:
+                bench.note("add_single", side, BLOCKS * singles / spent[side.name])
+            for side in sides:
+                bench.note("add_bulk", side, sizes.jobs / producers[side.name].ask("bulk", sizes.jobs))
+        for side in sides:
+            with side.connect(bench.server) as conn:
+                conn.execute(side.clear)
+
+
+def latency(bench: Bench) -> None:
+    """Time jobs from before the call that adds them, in one process, to the first line of the handler in another."""
+    sizes = bench.sizes
+    samples = sizes.samples // BLOCKS
+    for sides in bench.rounds():
+        with _producers(bench, sides) as producers, contextlib.ExitStack() as stack:
+            workers = {side.name: stack.enter_context(side.start(bench.server, "work")) for side in sides}
+            for block in range(BLOCKS + 1):
+                for name, worker in workers.items():
+                    producers[name].ask("timed", samples, sizes.gap)
+                    _wait_for_delays(worker, samples * max(block, 1))
+                    if not block:
+                        worker.delays.clear()  # the first block is for warming up
+        for side in sides:
+            delays = workers[side.name].delays
+            percentiles = statistics.quantiles(delays, n=100, method="inclusive")
+            for row, milliseconds in (
+                ("latency_p50", percentiles[49]),
+                ("latency_p95", percentiles[94]),
+                ("latency_p99", percentiles[98]),
+                ("latency_max", max(delays)),
+            ):
+                bench.note(row, side, milliseconds)
+
+
+def _wait_for_delays(worker: Child, count: int) -> None:
+    wait_until(lambda: len(worker.delays) >= count, [worker], "the jobs whose latency is taken", 0.02)
+
+
+@contextlib.contextmanager
+def _producers(bench: Bench, sides: list[Side]) -> Iterator[dict[str, Child]]:
+    """Start a producer of each side on an empty table, by the side's name."""
+    for side in sides:
+        with side.connect(bench.server) as conn:
+            conn.execute(side.clear)
+            side.settle(conn)
+    with contextlib.ExitStack() as stack:
+        producers = {side.name: stack.enter_context(side.start(bench.server, "produce")) for side in sides}
+        for producer in producers.values():
+            producer.wait_until_ready()
+        yield producers

@@ -1,0 +1,128 @@
+"""How fast workers drain a table: one and four processes, beside other jobs, and while an old snapshot is held.
+
+A drain is timed from the moment when the workers, connected and with their first claim sent, are let at the table, to
+the moment when every job has been handled and none is left in it. Starting a process, importing and connecting do not
+count: a lock on the table holds the workers back until all of them stand before it. The same for every side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+
+from bench.processes import Child, wait_until
+from bench.setting import Bench
+from bench.sides import Side
+
+_BEFORE_THE_GATE = """
+    select count(distinct a.application_name) from pg_locks l join pg_stat_activity a using (pid)
+    where l.relation = %s::regclass and not l.granted and a.application_name like 'drain %%'"""
+
+
+def throughput(bench: Bench) -> None:
+    """Drain a table that holds nothing else, with one process, then with four."""
+    for processes, row in ((1, "throughput_1"), (4, "throughput_4")):
+        for sides in bench.rounds():
+            for side in sides:
+                with side.connect(bench.server) as conn:
+                    bench.note(row, side, _drain(bench, side, conn, processes))
+
+
+def foreign(bench: Bench) -> None:
+    """Drain with one process while due jobs of a task that it does not know lie in front of its own."""
+    for _ in range(bench.runs):
+        with bench.ours.connect(bench.server) as conn:
+            bench.note("foreign_without", bench.ours, _drain(bench, bench.ours, conn, 1))
+            bench.note("foreign", bench.ours, _drain(bench, bench.ours, conn, 1, foreign=bench.sizes.foreign))
+
+
+def held(bench: Bench) -> None:
+    """Drain round after round with one process that stays; the last round counts, with and without an old snapshot."""
+    for _ in range(bench.runs):
+        for row, hold in (("held_not", False), ("held", True)):
+            with bench.ours.connect(bench.server) as conn, _old_snapshot(bench, bench.ours, conn, hold):
+                rate = 0.0
+                with _workers(bench, bench.ours, 1) as workers:
+                    for _ in range(bench.sizes.rounds + 1):
+                        rate = _round(bench, bench.ours, workers)
+            bench.note(row, bench.ours, rate)
+
+
+def _drain(bench: Bench, side: Side, conn: psycopg.Connection[Any], processes: int, foreign: int = 0) -> float:
+    """Return jobs per second."""
+    conn.execute(side.clear)
+    if foreign:
+        conn.execute(side.add, {"count": foreign, "task": "foreign"})
+    conn.execute(side.add, {"count": bench.sizes.jobs, "task": "noop"})
+    side.settle(conn)
+    with side.connect(bench.server) as gate:
+        gate.autocommit = False
+        gate.execute(f"lock table {side.table} in access exclusive mode")
+        with _workers(bench, side, processes) as workers:
+            wait_until(lambda: _waiting(conn, side) == processes, workers, "the workers' first claims", 0.02)
+            time.sleep(0.3)  # a worker whose housekeeping came first stands here with its claim too
+            return _time(bench, side, gate, workers)
+
+
+def _round(bench: Bench, side: Side, workers: list[Child]) -> float:
+    """Add jobs and drain them, with workers that are there already; return jobs per second."""
+    with side.connect(bench.server) as gate:
+        gate.autocommit = False
+        gate.execute(f"lock table {side.table} in access exclusive mode")
+        gate.execute(side.add, {"count": bench.sizes.jobs, "task": "noop"})
+        return _time(bench, side, gate, workers)
+
+
+def _time(bench: Bench, side: Side, gate: psycopg.Connection[Any], workers: list[Child]) -> float:
+    """Open the gate, which is a transaction, and return jobs per second until nothing is left."""
+    jobs = bench.sizes.jobs
+    row = gate.execute(f"select coalesce(max(id), 0) from {side.table}").fetchone()
+    assert row is not None
+    last = int(row[0])
+    before = sum(worker.handled for worker in workers)
+    begun = time.perf_counter()
+    gate.commit()
+    wait_until(lambda: sum(worker.handled for worker in workers) - before >= jobs, workers, "all jobs handled")
+    gate.autocommit = True
+    # Jobs end roughly in the order of their ids: looking at the last ones is quick however many dead rows lie before.
+    wait_until(lambda: not _any_from(gate, side, last - jobs // 10, last), workers, "an empty table")
+    rate = jobs / (time.perf_counter() - begun)
+    wait_until(lambda: not _any_from(gate, side, last - jobs, last), workers, "an empty table")
+    return rate
+
+
+def _any_from(conn: psycopg.Connection[Any], side: Side, after: int, to: int) -> bool:
+    query = f"select exists (select from {side.table} where id > %s and id <= %s)"
+    row = conn.execute(query, [after, to]).fetchone()
+    return row is None or bool(row[0])
+
+
+def _waiting(conn: psycopg.Connection[Any], side: Side) -> int:
+    """Return how many workers stand before the gate."""
+    row = conn.execute(_BEFORE_THE_GATE, [side.table]).fetchone()
+    return 0 if row is None else int(row[0])
+
+
+@contextlib.contextmanager
+def _workers(bench: Bench, side: Side, processes: int) -> Iterator[list[Child]]:
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(side.start(bench.server, "work", f"drain {number}")) for number in range(processes)
+        ]
+
+
+@contextlib.contextmanager
+def _old_snapshot(bench: Bench, side: Side, conn: psycopg.Connection[Any], hold: bool) -> Iterator[None]:
+    """Empty the table; then, with ``hold``, see it through a snapshot that stays until the end of the block."""
+    conn.execute(side.clear)
+    side.settle(conn)
+    with side.connect(bench.server) as old:
+        if hold:
+            old.execute("begin isolation level repeatable read")
+            old.execute("select count(*) from pg_class")  # not from the table: that would lock the gate
+        yield
+        old.rollback()

@@ -1,0 +1,99 @@
+"""The rows of the table, in their order, and the table itself."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.setting import Sizes
+
+Numbers = Mapping[str, Mapping[str, Sequence[float]]]
+"""By row and side, one number a run."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: what was measured, in which unit, and the row of ours that it is held against, if there is one."""
+
+    key: str
+    title: str
+    unit: str
+    baseline: str | None = None
+
+
+def rows(sizes: Sizes) -> list[Row]:
+    """Return every row that a whole run has."""
+    passed = sizes.rounds * sizes.jobs
+    return [
+        Row("throughput_1", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
+        Row("throughput_4", f"{sizes.jobs:,} jobs, 4 processes", "jobs/s"),
+        Row("add_single", "adding one by one, 1 session", "jobs/s"),
+        Row("add_bulk", f"adding {sizes.jobs:,} with one call", "jobs/s"),
+        Row("latency_p50", f"latency, {sizes.samples:,} samples: p50", "ms"),
+        Row("latency_p95", "  p95", "ms"),
+        Row("latency_p99", "  p99", "ms"),
+        Row("latency_max", "  max", "ms"),
+        Row("held_not", f"1 process, after {passed:,} jobs", "jobs/s"),
+        Row("held", "  the same under an old snapshot", "jobs/s", "held_not"),
+        Row("foreign_without", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
+        Row("foreign", f"  behind {sizes.foreign:,} foreign jobs", "jobs/s", "foreign_without"),
+        Row("claim_empty", "claim of 1 job, nothing else there", "ms"),
+        Row("claim_behind", f"  {sizes.behind:,} behind one busy queue", "ms", "claim_empty"),
+        Row("claim_busy_queues", f"  {10 * sizes.queues:,} in {sizes.queues:,} busy queues", "ms", "claim_empty"),
+        Row("claim_foreign_queues", f"  {10 * sizes.queues:,} foreign, {sizes.queues:,} queues", "ms", "claim_empty"),
+    ]
+
+
+def table(numbers: Numbers, sides: Sequence[str], sizes: Sizes) -> str:
+    """Return the measured rows: medians, in brackets least and most; ratios are medians of the ratios run by run.
+
+    Args:
+        numbers: what was measured.
+        sides: ours, then the peers.
+        sizes: what the titles say.
+
+    """
+    ours, *peers = sides
+    lines = [["", "", ours, "of line", *(head for peer in peers for head in (peer, f"{ours}/{peer}"))]]
+    first = {row.key: row for row in rows(sizes)}
+    for row in first.values():
+        if row.key not in numbers:
+            continue
+        measured = numbers[row.key]
+        base = numbers.get(row.baseline or "", {}).get(ours)
+        cells = [row.title, row.unit, _spread(measured.get(ours)), _ratio(measured.get(ours), base)]
+        for peer in peers:
+            cells += [_spread(measured.get(peer)), _ratio(measured.get(ours), measured.get(peer))]
+        lines.append(cells)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    left = 2  # the first columns are words
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the median of the ratios, run by run: neighbours in time had the same machine to share."""
+    return statistics.median(one / other for one, other in zip(ours, theirs, strict=False))
+
+
+def _ratio(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> str:
+    return f"{ratio(ours, theirs):.2f}" if ours and theirs else ""
+
+
+def _spread(numbers: Sequence[float] | None) -> str:
+    if not numbers:
+        return ""
+    middle = statistics.median(numbers)
+    if len(numbers) == 1:
+        return _number(middle)
+    return f"{_number(middle)} ({_number(min(numbers))}–{_number(max(numbers))})"
+
+
+def _number(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2f}"

@@ -1,0 +1,72 @@
+"""What every measurement is given: the server, the sides, how much to do, and where the numbers go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from bench.sides import Side
+from pgworker_client.embedded import EmbeddedServer
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done, in jobs where nothing else is said.
+
+    Attributes:
+        jobs: drained in each run.
+        singles: added one by one.
+        samples: of latency.
+        gap: milliseconds between two samples.
+        rounds: how often `jobs` pass under a held snapshot before the drain that counts.
+        foreign: jobs of another task that lie in the table.
+        behind: jobs behind one busy queue.
+        queues: serial queues, with ten jobs each.
+        claims: claims of one job that are timed.
+
+    """
+
+    jobs: int = 100_000
+    singles: int = 2_000
+    samples: int = 1_000
+    gap: int = 10
+    rounds: int = 3
+    foreign: int = 100_000
+    behind: int = 100_000
+    queues: int = 10_000
+    claims: int = 2_000
+
+
+QUICK = Sizes(
+    jobs=2_000, singles=100, samples=100, gap=2, rounds=1, foreign=2_000, behind=2_000, queues=100, claims=50
+)  # fmt: skip
+
+
+@dataclass
+class Bench:
+    """One run of the measurements.
+
+    Attributes:
+        ours: pgworker.
+        peers: what it is compared with.
+        runs: how often everything is measured.
+        numbers: what was measured: by row (see `bench.report`) and side, one number a run.
+
+    """
+
+    server: EmbeddedServer
+    ours: Side
+    peers: list[Side]
+    sizes: Sizes
+    runs: int
+    numbers: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def rounds(self) -> Iterator[list[Side]]:
+        """Yield the sides once a run, in the order of their turns, which alternates: A B, B A, A B …"""
+        for run in range(self.runs):
+            yield [self.ours, *self.peers][:: 1 if run % 2 == 0 else -1]
+
+    def note(self, row: str, side: Side, number: float) -> None:
+        """Keep a number, and show that something happens."""
+        self.numbers.setdefault(row, {}).setdefault(side.name, []).append(number)
+        print(f"  {row:24} {side.name:10} {number:12,.3f}", flush=True)

@@ -1,0 +1,222 @@
+"""One run of a worker: puts its parts together, watches over them, and stops them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from pgworker_client.claiming import Claimer, prepare_claims
+from pgworker_client.connection import Link, connection_string
+from pgworker_client.context import Surroundings
+from pgworker_client.errors import WorkerFailed, one_line
+from pgworker_client.feed import Feed
+from pgworker_client.finishing import Finisher
+from pgworker_client.handler_connections import HandlerConnections
+from pgworker_client.logs import Log
+from pgworker_client.presence import Presence
+from pgworker_client.running import Runner
+from pgworker_client.settings import Settings
+from pgworker_client.tasks import Task
+
+#: Seconds that whatever has been told to end gets to do so: cancelled handlers, the last claim, the last report.
+_LAST_WAIT = 5.0
+
+
+class Engine:
+    """The parts of a running worker.
+
+    Three connections: one claims, one reports, one is present and listens, so that none of them waits for another.
+    """
+
+    def __init__(self, settings: Settings, tasks: dict[str, Task], state: Any, logger: logging.Logger) -> None:
+        self._settings = settings
+        loop = asyncio.get_running_loop()
+        name = settings.worker_name()
+        self._log = log = Log(logger, {"worker": name})
+        conninfo = connection_string(settings.dsn, name=f"pgworker {name}")
+        pooled = settings.pooled
+
+        self._claim_link = Link("claim", conninfo, log, pooled=pooled, setup=lambda c: prepare_claims(c, pooled=pooled))
+        self._finish_link = Link("finish", conninfo, log, pooled=pooled)
+        self._connections = HandlerConnections(conninfo, settings.concurrency, pooled=pooled)
+        around = Surroundings(state, log, self._finish_link, self._connections, loop)
+        self._finisher = Finisher(self._finish_link, log, self._flushed)
+        self._feed = Feed(loop, self._room)
+        self._runners = [Runner(self._feed, tasks, self._finisher, around) for _ in range(settings.concurrency)]
+        self._claimer = Claimer(settings, self._claim_link, self._feed, self._finisher, log, tasks, self._running)
+        self._presence = Presence(
+            settings,
+            conninfo,
+            log,
+            on_worker_id=self._new_worker_id,
+            on_notice=self._notice,
+            on_wake=self._claimer.hint,
+        )
+        self._stops = 0
+        self._stopping = asyncio.Event()
+        self._interrupting = asyncio.Event()
+
+    def stop(self) -> None:
+        """First call: claim no more and let what runs end. Second call: cancel what runs."""
+        self._stops += 1
+        self._stopping.set()
+        self._claimer.close()
+        if self._stops > 1:
+            self._interrupting.set()
+
+    async def run(self, *, once: bool) -> None:
+        """Work until stopped, or with ``once`` until nothing is due. WorkerFailed if a part of the worker dies."""
+        try:
+            if not await self._start():
+                return
+            await self._work(once=once)
+        finally:
+            for link in (self._presence.link, self._claim_link, self._finish_link):
+                await link.close()
+            await self._connections.close()
+
+    async def _start(self) -> bool:
+        """Connect; false if a stop came meanwhile."""
+
+        async def connect() -> None:
+            await self._presence.start()
+            await self._claim_link.connect()
+            await self._finish_link.connect()
+
+        connecting = asyncio.create_task(connect(), name="connect")
+        stop = asyncio.create_task(self._stopping.wait(), name="stop")
+        try:
+            await asyncio.wait((connecting, stop), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if not connecting.done():
+                connecting.cancel()
+        if connecting.done() and not connecting.cancelled():
+            connecting.result()
+            return True
+        await asyncio.wait((connecting,))
+        await self._presence.leave()
+        return False
+
+    async def _work(self, *, once: bool) -> None:
+        tasks = asyncio.create_task
+        claiming = tasks(self._claimer.run(once=once), name="claim")
+        finishing = tasks(self._finisher.run(), name="finish")
+        present = tasks(self._presence.run(), name="presence")
+        parts = {claiming, finishing, present}
+        for number, runner in enumerate(self._runners, 1):
+            runner.task = tasks(runner.run(), name=f"runner {number}")
+            parts.add(runner.task)
+        stop = tasks(self._stopping.wait(), name="stop")
+        self._log.info("worker started, concurrency %d", self._settings.concurrency)
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            await asyncio.wait({*parts, stop}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError as exc:  # whoever awaits us wants the end now: in order, but at once
+            cancelled = exc
+            self._interrupting.set()
+        stop.cancel()
+        dead = _dead(parts)
+        if dead is not None:
+            self._log.error("%s; the worker stops", _death(dead))
+            if dead is finishing:  # nothing can be reported any more, so nothing is worth waiting for
+                self._interrupting.set()
+        await self._drain(claiming, finishing)
+        present.cancel()
+        await asyncio.wait((present,))
+        await self._presence.leave()
+        dead = dead or _dead(parts)
+        self._log.info("worker stopped")
+        if cancelled is not None:
+            raise cancelled
+        if dead is not None:
+            raise WorkerFailed(_death(dead)) from dead.exception()
+
+    async def _drain(self, claiming: asyncio.Task[None], finishing: asyncio.Task[None]) -> None:
+        """Let go of what was not started, wait for what runs, interrupt it if need be, report everything."""
+        feed = self._feed
+        self._claimer.close()
+        await asyncio.wait((claiming,), timeout=_LAST_WAIT)
+        self._give_back_unstarted()
+        feed.close()
+        runners = {runner.task for runner in self._runners if runner.task is not None}
+        await self._wait_unless_interrupted(runners)
+        if any(runner.current is not None for runner in self._runners):
+            self._log.warning("cancelling %d jobs that still run; they go back", len(self._running()))
+            for runner in self._runners:
+                runner.interrupt("stop")
+            await asyncio.wait(runners, timeout=_LAST_WAIT)
+            left = [runner for runner in self._runners if not runner.abandon()]
+            await asyncio.wait(runners, timeout=0.1)
+            for runner in left:
+                self._log.error("job %s ignored its cancellation; it is left behind", runner.job_id)
+        self._finisher.close()
+        await self._wait_unless_interrupted({finishing})
+        await asyncio.wait((finishing,), timeout=_LAST_WAIT)
+        if not claiming.done() or not finishing.done():
+            self._log.error("the database cannot be reached; it will give back what this worker holds")
+            self._finish_link.stop_trying()
+            for task in (claiming, finishing):
+                task.cancel()
+            await asyncio.wait((claiming, finishing))
+
+    async def _wait_unless_interrupted(self, tasks: set[asyncio.Task[None]]) -> None:
+        """Wait until the tasks are done, at most for the grace, and no longer than until the second stop."""
+        hurry = asyncio.create_task(self._interrupting.wait())
+        deadline = asyncio.get_running_loop().time() + self._settings.grace
+        waiting: set[asyncio.Task[Any]] = set(tasks)
+        while waiting and not hurry.done():
+            left = deadline - asyncio.get_running_loop().time()
+            done, _ = await asyncio.wait({*waiting, hurry}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
+            waiting -= done
+        hurry.cancel()
+
+    def _give_back_unstarted(self) -> None:
+        rows = self._feed.take_all()
+        if rows:
+            self._finisher.outbox.release(rows)
+            self._finisher.wake()
+
+    def _running(self) -> set[int]:
+        return {runner.job_id for runner in self._runners if runner.job_id is not None}
+
+    def _room(self) -> None:
+        self._claimer.room()
+
+    def _flushed(self, others: bool) -> None:
+        """A report is back. ``others``: jobs that could not be claimed before may be claimable now."""
+        if others:
+            self._claimer.hint()
+        else:
+            self._claimer.room()
+
+    def _new_worker_id(self, worker_id: int) -> None:
+        self._feed.take_all()  # the database has given them back, or will
+        self._finisher.new_worker_id(worker_id)
+        for runner in self._runners:
+            runner.interrupt("lost")
+
+    def _notice(self, job_id: int, notice: str) -> None:
+        row = self._feed.take(job_id)
+        if row is not None and notice == "cancel":
+            self._finisher.outbox.cancel(row, None)
+            self._finisher.wake()
+        for runner in self._runners:
+            if runner.job_id == job_id:
+                runner.interrupt(notice)
+
+
+def _death(part: asyncio.Task[None]) -> str:
+    error = part.exception() or RuntimeError("no reason")
+    return f"{part.get_name()} died: {type(error).__name__}: {one_line(error)}"
+
+
+def _dead(parts: set[asyncio.Task[None]]) -> asyncio.Task[None] | None:
+    """The part that ended with an error, if one has."""
+    for task in parts:
+        if task.done() and not task.cancelled() and task.exception() is not None:
+            return task
+    return None

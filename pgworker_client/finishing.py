@@ -1,0 +1,144 @@
+"""Finishing: one loop that reports what became of jobs as soon as the previous report is back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import psycopg
+
+from pgworker_client.connection import Link
+from pgworker_client.errors import NOT_HELD, LinkDown, one_line
+from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PARENT, QUEUE, TASK
+from pgworker_client.logs import Log
+from pgworker_client.reports import Finish, Outbox, Released, Report
+
+
+class Finisher:
+    """Sends the outboxes. Nothing waits for a batch to fill; what gathers while a report is under way is the next one.
+
+    A report that was under way when the connection broke is sent again: the database fences it by worker and attempt,
+    so that it counts once at most.
+    """
+
+    def __init__(self, link: Link, log: Log, on_flushed: Callable[[bool], None]) -> None:
+        self._link = link
+        self._log = log
+        self._on_flushed = on_flushed
+        self.outbox = Outbox(0)
+        #: Whether the loop sleeps and must be woken; runners look at it after every job.
+        self.asleep = False
+        self._old: list[Outbox] = []
+        self._under_way: deque[tuple[int, Report, bool]] = deque()
+        self._wake = asyncio.Event()
+        self._closing = False
+
+    def new_worker_id(self, worker_id: int) -> None:
+        """Jobs claimed from now on belong to this id; what concerns older ones is still reported under theirs."""
+        if len(self.outbox):
+            self._old.append(self.outbox)
+        self.outbox = Outbox(worker_id)
+
+    def keep(self, outbox: Outbox) -> None:
+        """See to it that an outbox of an older worker id is sent: a run that began under that id has ended."""
+        if outbox is not self.outbox and outbox not in self._old:
+            self._old.append(outbox)
+
+    @property
+    def pending(self) -> int:
+        """How many jobs have ended here and are not known to the database yet."""
+        return len(self.outbox) + sum(len(report.rows()) for _, report, _ in self._under_way) + sum(map(len, self._old))
+
+    def unreported(self) -> set[int]:
+        """The ids of those jobs."""
+        ids = {row[ID] for _, report, _ in self._under_way for row in report.rows()}
+        for box in (self.outbox, *self._old):
+            ids.update(box.ids())
+        return ids
+
+    def wake(self) -> None:
+        """There is something to report."""
+        self.asleep = False
+        self._wake.set()
+
+    def close(self) -> None:
+        """End the loop once everything is reported."""
+        self._closing = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Report until closed. Raises what the database says when it refuses reports for good."""
+        while True:
+            self._collect()
+            if not self._under_way:
+                if self._closing:
+                    return
+                self._wake.clear()
+                self.asleep = True
+                await self._wake.wait()
+                self.asleep = False
+                continue
+            more = False
+            while self._under_way:
+                more = await self._send_first() or more
+            self._on_flushed(more)
+
+    def _collect(self) -> None:
+        for box in (*self._old, self.outbox):
+            for report in box.take():
+                self._under_way.append((box.worker_id, report, False))
+        self._old.clear()
+
+    async def _send_first(self) -> bool:
+        """Send the first report; returns whether its jobs may have made others claimable."""
+        worker_id, report, again = self._under_way[0]
+        try:
+            rows = await self._link.fetch(report.QUERY, report.params(worker_id))
+        except LinkDown as down:
+            self._under_way[0] = (worker_id, report, again or down.unknown)
+            return False
+        except psycopg.Error as exc:
+            self._under_way.popleft()
+            self._refused(worker_id, report, again, exc)
+            return False
+        self._under_way.popleft()
+        outcomes = {row[0]: row[1] for row in rows if row[0] is not None}
+        if outcomes:
+            self._tell(report, outcomes, again)
+        return not isinstance(report, Finish) or bool(outcomes) or _frees_others(report)
+
+    def _refused(self, worker_id: int, report: Report, again: bool, exc: psycopg.Error) -> None:
+        rows = report.rows()
+        if len(rows) > 1:
+            first, second = report.halves()
+            self._under_way.extendleft([(worker_id, second, again), (worker_id, first, again)])
+            return
+        row = rows[0]
+        if exc.sqlstate == NOT_HELD:
+            self._tell(report, {row[ID]: "lost"}, again)
+            return
+        instead = report.instead(one_line(exc))
+        if instead is None:
+            raise exc
+        self._log.of_job(row[TASK], row[ID]).error("the database refused the report of this job: %s", one_line(exc))
+        self._under_way.appendleft((worker_id, instead, again))
+
+    def _tell(self, report: Report, outcomes: dict[int, str], again: bool) -> None:
+        for row in report.rows():
+            outcome = outcomes.get(row[ID])
+            if outcome is None or isinstance(report, Released):
+                continue
+            log = self._log.of_job(row[TASK], row[ID])
+            if outcome == "lost" and again:
+                log.info("reported twice, because the connection broke: counted the first time, or lost")
+            elif outcome == "lost":
+                log.warning("job %s was lost: this worker does not hold it any more; its outcome is dropped", row[ID])
+            elif outcome == "failed":
+                log.error("job %s failed for good after attempt %s of %s", row[ID], row[ATTEMPTS], row[MAX_ATTEMPTS])
+            elif outcome == "cancelled":
+                log.info("job %s was cancelled", row[ID])
+
+
+def _frees_others(report: Finish) -> bool:
+    return any(row[QUEUE] is not None or row[PARENT] is not None for row in report.done)

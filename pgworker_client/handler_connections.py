@@ -1,0 +1,115 @@
+"""The connections that handlers ask for with ``ctx.connection()``: opened when needed, kept for the next job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import psycopg
+from psycopg.rows import tuple_row
+
+SyncConnection = psycopg.Connection[tuple[Any, ...]]
+AsyncConnection = psycopg.AsyncConnection[tuple[Any, ...]]
+
+#: Whatever a handler set, listened to or locked must not reach the next one. This is DISCARD ALL without DEALLOCATE ALL,
+#: because psycopg remembers which statements it has prepared, and without DISCARD PLANS, which would only cost time.
+_FORGET = (
+    "close all; set session authorization default; reset all; unlisten *; "
+    "select pg_advisory_unlock_all(); discard sequences; discard temp"
+)
+#: Seconds after which a kept connection is tried before a handler gets it: the server may have been restarted since.
+_FRESH = 1.0
+
+
+class HandlerConnections:
+    """Idle connections of both kinds; at most ``keep`` of each are kept.
+
+    Nobody ever waits for one: a handler that asks while none is idle gets a new one, because two handlers that wait for
+    each other's second connection would wait for ever. List operations are atomic, so threads need no lock.
+    """
+
+    def __init__(self, conninfo: str, keep: int, *, pooled: bool) -> None:
+        self._conninfo = conninfo
+        self._keep = keep
+        self._pooled = pooled
+        self._sync: list[tuple[float, SyncConnection]] = []
+        self._async: list[tuple[float, AsyncConnection]] = []
+
+    @asynccontextmanager
+    async def for_coroutine(self, *, autocommit: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A connection for the block: committed at its end, rolled back if it raises, then kept for others."""
+        conn = await self._async_connection()
+        kept = False
+        try:
+            await conn.set_autocommit(autocommit)
+            conn.row_factory = tuple_row
+            yield conn
+            await conn.commit()
+            await conn.set_autocommit(True)
+            if not self._pooled:
+                await conn.execute(_FORGET)
+            kept = len(self._async) < self._keep
+        finally:
+            if kept:
+                self._async.append((time.monotonic(), conn))
+            else:
+                await conn.close()  # which rolls back
+
+    @contextmanager
+    def for_thread(self, *, autocommit: bool = False) -> Iterator[SyncConnection]:
+        """The same for a synchronous handler in its thread."""
+        conn = self._sync_connection()
+        kept = False
+        try:
+            conn.autocommit = autocommit
+            conn.row_factory = tuple_row
+            yield conn
+            conn.commit()
+            conn.autocommit = True
+            if not self._pooled:
+                conn.execute(_FORGET)
+            kept = len(self._sync) < self._keep
+        finally:
+            if kept:
+                self._sync.append((time.monotonic(), conn))
+            else:
+                conn.close()
+
+    async def close(self) -> None:
+        """Close what is idle."""
+        while self._sync:
+            self._sync.pop()[1].close()
+        while self._async:
+            await self._async.pop()[1].close()
+
+    async def _async_connection(self) -> AsyncConnection:
+        while self._async:
+            since, kept = self._async.pop()
+            if time.monotonic() - since < _FRESH:
+                return kept
+            try:
+                await kept.execute("select")
+                return kept
+            except psycopg.Error:
+                await kept.close()
+        conn = await psycopg.AsyncConnection.connect(self._conninfo)
+        if self._pooled:
+            conn.prepare_threshold = None
+        return conn
+
+    def _sync_connection(self) -> SyncConnection:
+        while self._sync:
+            since, kept = self._sync.pop()
+            if time.monotonic() - since < _FRESH:
+                return kept
+            try:
+                kept.execute("select")
+                return kept
+            except psycopg.Error:
+                kept.close()
+        conn = psycopg.Connection.connect(self._conninfo)
+        if self._pooled:
+            conn.prepare_threshold = None
+        return conn

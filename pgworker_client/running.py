@@ -1,0 +1,262 @@
+"""Runners: each takes claimed jobs one after the other, calls the handler and puts what becomes of it in the outbox."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+from pgworker_client.context import BlockingContext, Context, Surroundings
+from pgworker_client.errors import JobLost
+from pgworker_client.feed import Feed
+from pgworker_client.finishing import Finisher
+from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PAYLOAD, TASK, Row, decode, end_of_value, to_json
+from pgworker_client.outcome import Cancel, Fail, Retry, TimedOut, error_text, parts_error, reason_text
+from pgworker_client.reports import Outbox
+from pgworker_client.tasks import Task
+from pgworker_client.threads import HandlerThread
+
+_HERE = str(Path(__file__).parent)
+_ASYNCIO = str(Path(asyncio.__file__).parent)
+
+
+class Runner:
+    """One of the ``concurrency`` loops of a worker.
+
+    Async handlers are awaited right here, in the runner's own task: making a task for each job would cost more than the
+    rest of its way through the worker. Sync handlers run in the runner's thread, which is made when first needed.
+    """
+
+    def __init__(self, feed: Feed, tasks: dict[str, Task], finisher: Finisher, around: Surroundings) -> None:
+        self._feed = feed
+        self._tasks = tasks
+        self._finisher = finisher
+        self._around = around
+        self._thread: HandlerThread | None = None
+        self._blocking: BlockingContext | None = None
+        self._abandoned = False
+        self.task: asyncio.Task[None] | None = None
+        #: The run that is going on.
+        self.current: Context | None = None
+        self._row: Row | None = None
+
+    @property
+    def job_id(self) -> int | None:
+        """The job that is being run."""
+        return None if self.current is None or self._row is None else int(self._row[ID])
+
+    async def run(self) -> None:
+        """Run jobs until the feed is closed and empty."""
+        feed = self._feed
+        feed.join()
+        try:
+            while True:
+                if feed.jobs:
+                    await self._run_jobs()
+                elif feed.closed:
+                    return
+                else:
+                    await feed.park()
+        finally:
+            feed.leave()
+            if self._thread is not None:
+                self._thread.leave()
+
+    def interrupt(self, fate: str) -> None:
+        """End the present run early: "cancel", "lost" or "stop". A thread is only told; see `abandon`."""
+        ctx = self.current
+        if ctx is None or ctx.fate in (fate, "lost"):
+            return
+        if self._blocking is not None:
+            self._blocking.stop(fate)
+            return
+        ctx.stop(fate)
+        if self.task is not None and (fate == "stop" or not ctx.cancels):
+            ctx.cancels += 1
+            self.task.cancel()
+
+    def abandon(self) -> bool:
+        """Give up a run that does not end: its thread is left behind. False for a coroutine, which cannot be left."""
+        if self._blocking is None or self.current is None or self.task is None:
+            self._abandoned = True
+            return self.current is None
+        self.current.cancels += 1
+        self.task.cancel()
+        return True
+
+    async def _run_jobs(self) -> None:
+        # The hot path. Up to 50,000 times a second, so: no task, future, lock, date or log record for a job.
+        feed, finisher, tasks, around = self._feed, self._finisher, self._tasks, self._around
+        jobs = feed.jobs
+        while jobs:
+            row = jobs.popleft()
+            feed.started += 1
+            if len(jobs) < feed.low:
+                feed.need()
+            outbox = finisher.outbox
+            self._row = row
+            self.current = ctx = Context(around, row, outbox.worker_id)
+            try:
+                task = tasks[row[TASK]]
+                text = row[PAYLOAD]
+                payload = {} if text == "{}" else decode(text)
+                if not task.is_async:
+                    result = await self._in_thread(task, payload, ctx)
+                elif task.timeout is None:
+                    result = await task.handler(payload, ctx)
+                else:
+                    result = await self._limited(task, payload, ctx)
+            except BaseException as exc:
+                self.current = None
+                self._raised(row, ctx, outbox, exc)
+            else:
+                self.current = None
+                if result is None and ctx.fate is None and not ctx.ended:
+                    outbox.done.append(row)
+                    outbox.results.append(None)
+                else:
+                    self._returned(row, ctx, outbox, result)
+            feed.ended += 1
+            if outbox is not finisher.outbox:
+                finisher.keep(outbox)
+            if finisher.asleep:
+                finisher.wake()
+            if perf_counter() >= feed.slice_end:
+                await feed.give_way()
+        self._row = None
+
+    async def _limited(self, task: Task, payload: Any, ctx: Context) -> Any:
+        limit = asyncio.timeout(task.timeout)
+        try:
+            async with limit:
+                return await task.handler(payload, ctx)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if ctx.fate is None:
+                ctx.stop("timeout")
+            raise TimedOut(f"timed out after {task.timeout:g} s") from None
+
+    async def _in_thread(self, task: Task, payload: Any, ctx: Context) -> Any:
+        if self._thread is None:
+            self._thread = HandlerThread(self._around.loop)
+        thread, blocking = self._thread, BlockingContext(ctx, self._around)
+        future = thread.call(task.handler, payload, blocking)
+        self._blocking = blocking
+        limit = asyncio.timeout(task.timeout)
+        try:
+            async with limit:
+                result = await future
+        except (TimeoutError, asyncio.CancelledError):
+            if not future.cancelled():  # the handler's own
+                raise
+            self._thread = None
+            thread.leave()
+            if not limit.expired():
+                ctx.logger.warning("the handler did not stop; its thread is left behind")
+                raise
+            if ctx.fate is None:
+                blocking.stop("timeout")
+            ctx.logger.warning("timed out after %g s; its thread is left behind", task.timeout)
+            raise TimedOut(f"timed out after {task.timeout:g} s") from None
+        finally:
+            self._blocking = None
+        return await result if inspect.isawaitable(result) else result
+
+    def _returned(self, row: Row, ctx: Context, outbox: Outbox, result: Any) -> None:
+        self._uncancel(ctx)
+        if ctx.ended or ctx.fate == "lost":
+            return
+        if ctx.fate == "stop":
+            # Whether it returned because it was told to stop or because it was done cannot be known, and running a job
+            # twice is allowed, losing it is not.
+            outbox.release([row])
+            return
+        try:
+            if isinstance(result, list) and row[PAYLOAD][0] == "[" and self._partly(row, ctx, outbox, result):
+                return
+            text = None if result is None else to_json("the result of the handler", result)
+        except BaseException as exc:
+            self._raised(row, ctx, outbox, exc)
+            return
+        outbox.complete(row, text)
+
+    def _partly(self, row: Row, ctx: Context, outbox: Outbox, result: list[Any]) -> bool:
+        """Deal with the list that the handler of an array returned; false if it is a result like any other."""
+        items = _items(row[PAYLOAD])
+        if len(items) != len(result):
+            return False
+        failed = [(index, entry) for index, entry in enumerate(result) if isinstance(entry, BaseException)]
+        if failed:
+            text = parts_error(failed, len(items))
+            ctx.logger.warning("attempt %s of %s: %s", row[ATTEMPTS], row[MAX_ATTEMPTS], text.partition("\n")[0])
+            outbox.fail_partly(row, text, "[" + ",".join([items[index] for index, _ in failed]) + "]")
+        elif all(entry is None for entry in result):
+            outbox.complete(row, None)
+        else:
+            return False
+        return True
+
+    def _raised(self, row: Row, ctx: Context, outbox: Outbox, exc: BaseException) -> None:
+        if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
+            raise exc
+        if isinstance(exc, asyncio.CancelledError) and not ctx.cancels and self._abandoned:
+            raise exc  # the event loop itself is ending
+        self._uncancel(ctx)
+        if ctx.ended:
+            if not isinstance(exc, asyncio.CancelledError):
+                ctx.logger.error("raised after its transaction had completed the job; it stays completed", exc_info=exc)
+        elif ctx.fate == "lost" or isinstance(exc, JobLost):
+            ctx.logger.warning("the job was lost while it ran; its outcome is dropped")
+        elif isinstance(exc, Cancel):
+            outbox.cancel(row, exc.reason)
+        elif isinstance(exc, (Retry, Fail)):
+            ctx.logger.info("attempt %s of %s: %r", row[ATTEMPTS], row[MAX_ATTEMPTS], exc)
+            outbox.fail(row, exc, reason_text(exc))
+        elif ctx.fate == "stop":
+            outbox.release([row])
+        elif ctx.fate == "cancel":
+            outbox.cancel(row, None)
+        elif row[TASK] not in self._tasks:  # the database was asked for our tasks only
+            outbox.release([row])
+        else:
+            self._failed(row, ctx, outbox, exc)
+
+    @staticmethod
+    def _failed(row: Row, ctx: Context, outbox: Outbox, exc: BaseException) -> None:
+        frames = _outside(exc.__traceback__)
+        shown = (type(exc), exc, frames) if frames is not None else None
+        text = str(exc) if isinstance(exc, TimedOut) else error_text(exc, frames)
+        ctx.logger.warning(
+            "attempt %s of %s failed: %s", row[ATTEMPTS], row[MAX_ATTEMPTS], text.partition("\n")[0], exc_info=shown
+        )
+        outbox.fail(row, exc, text)
+
+    def _uncancel(self, ctx: Context) -> None:
+        while ctx.cancels and self.task is not None:
+            ctx.cancels -= 1
+            self.task.uncancel()
+
+
+def _outside(frames: TracebackType | None) -> TracebackType | None:
+    """The traceback from the first frame on that is not this package's or asyncio's: the handler's own."""
+    while frames is not None:
+        file = frames.tb_frame.f_code.co_filename
+        if not file.startswith(_HERE) and not file.startswith(_ASYNCIO):
+            return frames
+        frames = frames.tb_next
+    return None
+
+
+def _items(text: str) -> list[str]:
+    """The JSON texts of the items of an array, exactly as PostgreSQL wrote them (Python would round its numbers)."""
+    items: list[str] = []
+    start = 1
+    while text[start] != "]":
+        end = end_of_value(text, start)
+        items.append(text[start:end])
+        start = end + 2 if text[end] == "," else end
+    return items

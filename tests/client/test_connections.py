@@ -1,0 +1,249 @@
+"""Connections that break: the worker comes back by itself, says so once, and loses nothing."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgworker_client import BlockingContext, Context, NotInstalled, Worker, WorkerFailed, add_job, add_jobs
+from tests.client.background import Background, running
+from tests.connections import Connections
+from tests.waiting import until, until_gone, until_row
+
+Db = psycopg.Connection[Any]
+Start = Callable[[Worker], Background]
+
+#: The connections of a worker, and what the statement that each ran last looks like.
+PARTS = {"claim": "get_jobs|next_run_at", "finish": "finish_jobs", "presence": "heartbeat|maintain|listen"}
+
+
+def pid_of(db: Db, part: str) -> int:
+    """The backend of that connection of the only worker."""
+    row = until_row(
+        db,
+        "select pid from pg_stat_activity where application_name like 'pgworker %%' and datname = current_database()"
+        " and query ~* %s",
+        PARTS[part],
+    )
+    return int(row[0])
+
+
+def kill(db: Db, pid: int) -> None:
+    """End that backend, and wait until it is gone."""
+    db.execute("select pg_terminate_backend(%s)", [pid])
+    until_gone(db, pid)
+
+
+def echoing(dsn: str, **settings: Any) -> tuple[Worker, list[Any]]:
+    """A worker whose task ``t`` keeps the payloads that it saw."""
+    seen: list[Any] = []
+
+    async def handler(payload: Any, _ctx: Context) -> Any:
+        seen.append(payload)
+        return payload
+
+    return Worker(dsn, tasks={"t": handler}, **settings), seen
+
+
+def completed(db: Db) -> Any:
+    row = db.execute("select count(*) from pgworker.jobs where state = 'completed'").fetchone()
+    assert row is not None
+    return row[0]
+
+
+@pytest.mark.parametrize("part", list(PARTS))
+def test_a_terminated_connection_comes_back_and_is_told_once(
+    dsn: str, db: Db, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, _ = echoing(dsn)
+    with running(worker):
+        add_job(db, "t", 1)
+        until(lambda: completed(db) == 1, "the first job")
+        kill(db, pid_of(db, part))
+        add_jobs(db, [{"identifier": "t", "payload": n} for n in range(20)])
+        until(lambda: completed(db) == 21, "the jobs after the interruption")
+        until(lambda: f"{part} connection is back" in caplog.text, "the good news")
+        add_job(db, "t", 2)
+        until(lambda: completed(db) == 22, "one more")
+    assert caplog.text.count(f"{part} connection lost") == 1
+    assert caplog.text.count("connection lost") == 1
+    assert db.execute("select count(*) from pgworker.job").fetchone() == (0,)
+
+
+def test_the_worker_listens_again_after_its_connection_was_lost(dsn: str, db: Db) -> None:
+    worker, seen = echoing(dsn, poll_interval=600)  # only a notification can wake it
+    with running(worker):
+        old = pid_of(db, "presence")
+        kill(db, old)
+        until_row(
+            db,
+            "select 1 from pg_stat_activity where application_name like 'pgworker %%' and pid <> %s"
+            " and query ~ 'heartbeat|maintain'",
+            old,
+        )
+        for n in range(3):
+            add_job(db, "t", n)
+            until(functools.partial(seen.__contains__, n), "the notified job")
+
+
+def test_reports_wait_for_the_connection_and_every_job_ends_once(dsn: str, db: Db) -> None:
+    worker, seen = echoing(dsn, concurrency=4)
+    total = 3000
+    with running(worker):
+        add_jobs(db, [{"identifier": "t", "payload": n} for n in range(total)])
+        for _ in range(5):
+            kill(db, pid_of(db, "finish"))
+        until(lambda: completed(db) == total, "all jobs are completed", timeout=60)
+    assert sorted(seen) == list(range(total))  # none run twice: every outcome was kept and sent again
+    assert db.execute("select count(*) from pgworker.jobs where attempts <> 1").fetchone() == (0,)
+
+
+def test_jobs_survive_killing_all_connections_at_random(dsn: str, db: Db) -> None:
+    worker, seen = echoing(dsn, concurrency=4)
+    total = 3000
+    with running(worker):
+        add_jobs(db, [{"identifier": "t", "payload": n} for n in range(total)])
+        for part in list(PARTS) * 3:
+            kill(db, pid_of(db, part))
+        until(lambda: completed(db) == total, "all jobs are completed", timeout=60)
+    assert set(seen) == set(range(total))
+
+
+def test_a_worker_that_was_given_up_registers_anew_and_drops_what_it_ran(
+    dsn: str, db: Db, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, cancelled = Worker(dsn, concurrency=2), []
+
+    @worker.task
+    def wait(_payload: Any, ctx: BlockingContext) -> str:
+        if ctx.job.attempts == 1:
+            cancelled.append(ctx.cancelled.wait(20))
+            return "first"
+        return "second"
+
+    with running(worker):
+        job = add_job(db, "wait")
+        until_row(db, "select 1 from pgworker.jobs where state = 'running'")
+        # What maintain() does with a worker that has vanished.
+        with db.transaction():
+            db.execute("select pgworker.force_unlock_workers(array(select id from pgworker.worker))")
+            db.execute("delete from pgworker.worker")
+        until_row(db, "select 1 from pgworker.jobs where state = 'completed'")
+    assert cancelled == [True]
+    assert db.execute("select result, attempts from pgworker.jobs where id = %s", [job.id]).fetchone() == ("second", 2)
+    assert "registered anew" in caplog.text
+
+
+def test_a_restart_of_the_server_is_survived(own_server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    dsn = own_server.dsn()
+    worker, seen = echoing(dsn, poll_interval=0.1)
+    with running(worker):
+        with psycopg.connect(dsn, autocommit=True) as db:
+            add_job(db, "t", 1)
+            until(lambda: completed(db) == 1, "the first job")
+        own_server.stop("immediate")
+        own_server.start()
+        with psycopg.connect(dsn, autocommit=True) as db:
+            add_job(db, "t", 2)
+            until(lambda: completed(db) == 2, "the job after the restart")
+            assert db.execute("select count(*) from pgworker.worker").fetchone() == (1,)  # the same worker
+    assert seen == [1, 2]
+    for part in ("claim", "presence"):
+        assert caplog.text.count(f"{part} connection lost") == 1
+
+
+def test_a_worker_without_a_database_can_be_stopped(own_server: Any, start: Start) -> None:
+    worker, _ = echoing(own_server.dsn(), grace=0.1)
+    background = start(worker)
+    with psycopg.connect(own_server.dsn(), autocommit=True) as db:
+        pid_of(db, "claim")
+    own_server.stop("immediate")
+    worker.stop()
+    background.join()  # in order, without an error: the database will give back what it held
+
+
+def test_a_report_that_is_cancelled_in_the_database_is_sent_again_on_the_same_connection(
+    dsn: str, db: Db, connect: Connections, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, _ = echoing(dsn)
+    blocker = connect()
+    with running(worker):
+        add_job(db, "t", 1)
+        until(lambda: completed(db) == 1, "the first job")
+        pid = pid_of(db, "finish")
+        with blocker.transaction():
+            blocker.execute("lock table pgworker.finished in exclusive mode")
+            add_job(db, "t", 2)
+            until_row(db, "select 1 from pg_stat_activity where pid = %s and wait_event_type = 'Lock'", pid)
+            db.execute("select pg_cancel_backend(%s)", [pid])
+            until(lambda: "finish connection works, but its statement failed" in caplog.text, "the failure is told")
+        until(lambda: completed(db) == 2, "the job is completed all the same")
+        assert pid_of(db, "finish") == pid
+        until(lambda: "finish connection is back" in caplog.text, "the good news")
+    assert db.execute("select count(*) from pgworker.jobs where attempts <> 1").fetchone() == (0,)
+
+
+def test_a_kept_handler_connection_that_died_meanwhile_is_replaced(
+    dsn: str, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgworker_client.handler_connections._FRESH", 0.0)
+    pids: list[int] = []
+
+    async def handler(_payload: Any, ctx: Context) -> None:
+        async with ctx.connection() as conn:
+            cur = await conn.execute("select pg_backend_pid()")
+            pids.append((await cur.fetchone())[0])  # type: ignore[index]
+
+    with running(Worker(dsn, tasks={"t": handler}, concurrency=1)):
+        add_job(db, "t")
+        until(lambda: len(pids) == 1, "the first job")
+        kill(db, pids[0])
+        add_job(db, "t")
+        until(lambda: len(pids) == 2, "the second job")
+    assert pids[0] != pids[1]
+
+
+def test_a_database_without_pgworker_is_told_at_once(dsn: str, db: Db) -> None:
+    db.execute("drop extension if exists pgworker")
+    db.execute("drop schema if exists pgworker cascade")
+    with pytest.raises(NotInstalled, match=r"no pgworker for this role in this database: .*pgworker install"):
+        Worker(dsn, tasks={"t": print}).run()
+
+
+def test_a_schema_of_another_protocol_is_told_at_once(dsn: str, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgworker_client.presence.PROTOCOL", 99)
+    with pytest.raises(NotInstalled, match=r"the client speaks protocol 99.*Upgrade"):
+        Worker(dsn, tasks={"t": print}).run()
+    assert db.execute("select count(*) from pgworker.worker").fetchone() == (0,)
+
+
+def test_a_server_that_cannot_be_reached_at_the_start_is_an_error() -> None:
+    with pytest.raises(psycopg.OperationalError):
+        Worker("host=/nowhere", tasks={"t": print}).run()
+
+
+@pytest.mark.parametrize(
+    ("function", "part"), [("get_jobs", "claim"), ("finish_jobs", "finish"), ("maintain", "presence")]
+)
+def test_a_part_that_dies_ends_the_worker_with_the_reason(
+    dsn: str, db: Db, start: Start, function: str, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, _ = echoing(dsn, poll_interval=0.05)
+    background = start(worker)
+    until_row(db, "select 1 from pgworker.worker")
+    db.execute(f"alter function pgworker.{function} rename to gone")
+    db.execute("select pgworker.add_job('t')")
+    until(lambda: background.ended, "the worker ended")
+    assert isinstance(background.error, WorkerFailed)
+    assert re.match(rf"{part} died: UndefinedFunction: function pgworker\.{function}", str(background.error))
+    assert isinstance(background.error.__cause__, psycopg.errors.UndefinedFunction)
+    # In order: it said goodbye, and what it held is free again.
+    assert db.execute("select count(*) from pgworker.worker").fetchone() == (0,)
+    assert db.execute("select count(*) from pgworker.job where locked_by is not null").fetchone() == (0,)
+    assert [record.levelno for record in caplog.records if "the worker stops" in record.message] == [logging.ERROR]

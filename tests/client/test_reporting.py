@@ -1,0 +1,190 @@
+"""Reports: nothing that one job returns or raises may harm another, and nothing is lost or counted twice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgworker_client import Context, Fail, Retry, Worker, add_jobs
+from pgworker_client.connection import Link
+from pgworker_client.errors import LinkDown
+from pgworker_client.reports import Finish, Outbox, Special
+from tests.waiting import until
+
+Db = psycopg.Connection[Any]
+
+POISON: dict[str, Any] = {
+    "not a number": float("nan"),
+    "infinity": [float("inf")],
+    "nul": "a\x00b",
+    "nul key": {"\x00": 1},
+    "surrogate": "\ud800",
+    "unserialisable": object(),
+    "set": {1, 2},
+}
+
+
+@pytest.mark.parametrize("poisons", [list(POISON), ["nul"], ["surrogate"] * 20])
+def test_a_poisonous_result_fails_its_own_job_only(dsn: str, db: Db, poisons: list[str]) -> None:
+    async def handler(payload: Any, _ctx: Context) -> Any:
+        if "poison" in payload:
+            return POISON[payload["poison"]]
+        if payload["n"] % 3 == 0:
+            raise ValueError(payload["n"])
+        return payload if payload["n"] % 3 == 1 else None
+
+    good = [{"identifier": "t", "payload": {"n": n}} for n in range(90)]
+    bad = [{"identifier": "t", "payload": {"poison": name}} for name in poisons]
+    add_jobs(db, [*good[:45], *bad, *good[45:]])
+    Worker(dsn, tasks={"t": handler}).run_once()
+
+    failed = db.execute(
+        "select payload ->> 'poison', last_error from pgworker.jobs where payload ? 'poison' and state = 'scheduled'"
+    ).fetchall()
+    assert sorted(row[0] for row in failed) == sorted(poisons)
+    assert all("result" in error for _, error in failed)
+    kept = "select count(*) from pgworker.jobs where state = 'completed' and result = payload"
+    assert db.execute(kept).fetchone() == (30,)
+    errors = "select count(*) from pgworker.jobs where payload ? 'n' and last_error like 'ValueError%'"
+    assert db.execute(errors).fetchone() == (30,)
+    assert db.execute("select count(*) from pgworker.jobs").fetchone() == (60 + len(poisons),)
+    assert db.execute("select count(*) from pgworker.jobs where attempts <> 1").fetchone() == (0,)
+
+
+def test_a_report_that_is_refused_is_halved_until_the_one_job_is_found() -> None:
+    rows = [(n, "t", "{}", 1) for n in range(7)]
+    report = Finish(list(rows[:4]), ["1", None, "3", None], list(rows[4:]), ["a", "b", "c"])
+    leaves: list[Finish] = []
+
+    def split(part: Finish) -> None:
+        if len(part.rows()) == 1:
+            leaves.append(part)
+            return
+        for half in part.halves():
+            split(half)
+
+    split(report)
+    assert [leaf.rows()[0][0] for leaf in leaves] == list(range(7))
+    assert [leaf.results for leaf in leaves[:4]] == [["1"], [None], ["3"], [None]]
+    assert [leaf.errors for leaf in leaves[4:]] == [["a"], ["b"], ["c"]]
+
+
+def test_huge_results_are_sent_in_several_statements() -> None:
+    box = Outbox(1)
+    for n in range(5):
+        box.complete((n, "t", "{}", 1), '"' + "x" * 7_000_000 + '"')
+    reports = list(box.take())
+    assert [len(report.rows()) for report in reports] == [2, 2, 1]
+    assert not len(box)
+
+
+def test_a_failure_that_says_more_is_a_report_of_its_own() -> None:
+    box = Outbox(1)
+    row = (1, "t", "{}", 1)
+    box.complete(row, None)
+    box.fail(row, Retry(), "plain")
+    box.fail(row, Retry(in_=3), "later")
+    box.fail(row, Fail("x"), "x")
+    finish, special = box.take()
+    assert isinstance(finish, Finish)
+    assert (finish.results, finish.errors) == (None, ["plain"])
+    assert isinstance(special, Special)
+    assert [(entry.delay, entry.permanent) for entry in special.entries] == [(3.0, False), (None, True)]
+
+
+@contextlib.contextmanager
+def answers_lost(monkeypatch: pytest.MonkeyPatch, function: str, times: int = 1) -> Iterator[list[str]]:
+    """The answers of the first statements that call the function are lost on the way: executed, but nobody knows."""
+    fetch, lost = Link.fetch, list[str]()
+
+    async def unreliable(self: Link, query: str, params: Any = (), **options: Any) -> Any:
+        rows = await fetch(self, query, params, **options)
+        if function in query and len(lost) < times and (rows or function != "get_jobs"):
+            lost.append(query)
+            raise LinkDown("cut", unknown=True)
+        return rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Link, "fetch", unreliable)
+        yield lost
+
+
+def test_a_report_whose_answer_was_lost_is_sent_again_and_counts_once(
+    dsn: str, db: Db, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran: list[int] = []
+
+    async def handler(payload: Any, _ctx: Context) -> Any:
+        ran.append(payload)
+        if payload == 3:
+            raise ValueError("x")
+        return payload
+
+    add_jobs(db, [{"identifier": "t", "payload": n} for n in range(5)])
+    with answers_lost(monkeypatch, "finish_jobs") as lost:
+        Worker(dsn, tasks={"t": handler}).run_once()
+    assert len(lost) == 1
+    assert sorted(ran) == list(range(5))
+    assert db.execute("select array_agg(result order by id) from pgworker.finished").fetchone() == ([0, 1, 2, 4],)
+    assert db.execute("select attempts, locked_by from pgworker.job").fetchall() == [(1, None)]
+    assert "was lost" not in caplog.text  # nothing was: no alarm
+
+
+def test_jobs_whose_claim_was_answered_to_nobody_are_given_back(
+    dsn: str, db: Db, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts: list[int] = []
+
+    async def handler(_payload: Any, ctx: Context) -> None:
+        attempts.append(ctx.job.attempts)
+
+    add_jobs(db, [{"identifier": "t"}] * 5)
+    with answers_lost(monkeypatch, "get_jobs") as lost:
+        Worker(dsn, tasks={"t": handler}).run_once()
+    assert len(lost) == 1
+    assert attempts == [1] * 5  # none was started before: the attempt came back
+    assert db.execute("select count(*) from pgworker.jobs").fetchone() == (0,)
+    assert "5 jobs were claimed as the connection broke; they go back" in caplog.text
+
+
+def test_a_job_that_was_taken_away_is_told_in_the_log_and_harms_no_other(
+    dsn: str, db: Db, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(payload: Any, ctx: Context) -> int:
+        if payload == 2:
+            with psycopg.connect(dsn, autocommit=True) as conn:
+                conn.execute(
+                    "update pgworker.job set locked_by = null, locked_at = null, run_at = 'tomorrow' where id = %s",
+                    [ctx.job.id],
+                )
+        return 1
+
+    jobs = add_jobs(db, [{"identifier": "t", "payload": n} for n in range(5)])
+    Worker(dsn, tasks={"t": handler}).run_once()
+    assert db.execute("select count(*) from pgworker.finished").fetchone() == (4,)
+    assert caplog.text.count(f"job {jobs[2].id} was lost") == 1
+    assert caplog.text.count("was lost") == 1
+
+
+def test_an_older_run_of_a_job_cannot_end_a_newer_one(dsn: str, db: Db) -> None:
+    """The same worker claims a job again while its first run still goes on: the first one's outcome is dropped."""
+    runs: list[int] = []
+
+    def handler(_payload: Any, ctx: Any) -> str:
+        runs.append(ctx.job.attempts)
+        if ctx.job.attempts == 1:
+            with psycopg.connect(dsn, autocommit=True) as conn:  # as if it had been rescued
+                conn.execute("update pgworker.job set locked_by = null, locked_at = null where id = %s", [ctx.job.id])
+            until(lambda: 2 in runs, "the second run began")
+            return "first"
+        until(lambda: db.execute("select 1").fetchone(), "the database answers")
+        return "second"
+
+    add_jobs(db, [{"identifier": "t"}])
+    Worker(dsn, tasks={"t": handler}, poll_interval=0.05, concurrency=2).run_once()
+    assert runs == [1, 2]
+    assert db.execute("select state, result from pgworker.jobs").fetchall() == [("completed", "second")]

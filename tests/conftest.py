@@ -1,0 +1,180 @@
+"""The server that the tests run on, and a database of its own for each test that wants one.
+
+One PostgreSQL per run: ``--pg 15`` (any major that is here), ``--pg newest``; by default ``PG_CONFIG``'s, else an
+installed one, else an embedded one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from pytest_postgresql import factories
+
+from pgworker_client import schema
+from pgworker_client.embedded import EmbeddedServer
+from pgworker_client.installations import Installation, NoPostgresError, find_installation
+from tests.connections import Connections
+from tests.coverage_plpgsql import PlpgsqlCoverage
+
+SETTINGS = {"max_connections": "300", "shared_buffers": "64MB", "timezone": "UTC", "jit": "off"}
+
+_COVERAGE = pytest.StashKey[PlpgsqlCoverage]()
+_INSTALLATION = pytest.StashKey[Installation]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pg", default="best", metavar="MAJOR", help="PostgreSQL to test on: 14 … 18, newest, or best")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in list(os.environ):  # libpq's variables, which would lead the tests to another server
+        if (name.startswith("PG") and not name.startswith(("PG_", "PGWORKER_"))) or name == "DATABASE_URL":
+            del os.environ[name]
+    # Whoever stops a run wants it gone like Ctrl-C does: with its servers and their directories.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        config.stash[_INSTALLATION] = find_installation(config.getoption("--pg"))
+    except (NoPostgresError, ValueError) as error:
+        raise pytest.UsageError(f"--pg: {error}") from error
+    config.stash[_COVERAGE] = PlpgsqlCoverage()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    installation = config.stash[_INSTALLATION]
+    return f"PostgreSQL {installation.major}: {installation.bindir}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    coverage = config.stash[_COVERAGE]
+    terminalreporter.section("PL/pgSQL")
+    narrowed = config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("-k") or config.getoption("-m")
+    if not narrowed:
+        for line in coverage.report():
+            terminalreporter.write_line(line)
+    terminalreporter.write_line(coverage.summary())
+
+
+@pytest.fixture(scope="session")
+def server(pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
+    """The server of the run. Do not stop it: `own_server` is there for that."""
+    installation = pytestconfig.stash[_INSTALLATION]
+    counting = pytestconfig.stash[_COVERAGE].settings(installation)
+    with EmbeddedServer(installation, settings=SETTINGS | counting) as running:
+        yield running
+
+
+@pytest.fixture
+def own_server(pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
+    """A server for this test alone, to be stopped and started at will; pgworker is in its database ``postgres``."""
+    with EmbeddedServer(pytestconfig.stash[_INSTALLATION], settings=SETTINGS) as running:
+        with psycopg.connect(running.dsn(), autocommit=True) as conn:
+            schema.install(conn)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def _pg_server(server: EmbeddedServer) -> SimpleNamespace:
+    """The server as pytest-postgresql wants it described."""
+    return SimpleNamespace(
+        host=server.host,
+        port=server.port,
+        user=server.user,
+        password=None,
+        options="",
+        maintenance_dbname="postgres",
+        template_dbname="template1",
+    )
+
+
+def _install(*, host: str, port: int, user: str, dbname: str, **_: Any) -> None:
+    with psycopg.connect(host=host, port=port, user=user, dbname=dbname, autocommit=True) as conn:
+        schema.install(conn)
+
+
+_template = factories.postgresql_noproc(depends_on="_pg_server", dbname="pgworker_test", load=[_install])
+_client = factories.postgresql("_template")
+
+
+@pytest.fixture
+def dsn(server: EmbeddedServer, _client: psycopg.Connection[Any], pytestconfig: pytest.Config) -> Iterator[str]:
+    """The connection string of a fresh database that has pgworker in it, dropped after the test."""
+    string = server.dsn(_client.info.dbname)
+    yield string
+    _client.close()
+    pytestconfig.stash[_COVERAGE].collect(string)
+
+
+@pytest.fixture
+def connect(dsn: str) -> Iterator[Connections]:
+    """Open more connections to the test's database, in autocommit: ``connect()``, ``connect(user="shop")``."""
+    connections = Connections(dsn)
+    yield connections
+    connections.close()
+
+
+@pytest.fixture
+def db(connect: Connections) -> psycopg.Connection[Any]:
+    """An autocommit connection to a fresh database: for whatever commits or takes several sessions."""
+    return connect()
+
+
+@pytest.fixture
+def role(connect: Connections) -> Iterator[Callable[..., str]]:
+    """Make a role that may log in and nothing else: ``role("shop")``; dropped with its rights and objects."""
+    made: list[str] = []
+
+    def make(name: str, options: str = "") -> str:
+        with connect() as conn:
+            conn.execute(sql.SQL("create role {} login " + options).format(sql.Identifier(name)))
+        made.append(name)
+        return name
+
+    yield make
+    connect.close()  # a session of that role would be in the way
+    with connect() as conn:
+        for name in reversed(made):
+            conn.execute(sql.SQL("drop owned by {} cascade").format(sql.Identifier(name)))
+            conn.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def make_database(server: EmbeddedServer) -> Iterator[Callable[..., str]]:
+    """Make a database without pgworker: ``make_database("shop")`` returns its connection string; dropped at the end."""
+    made: list[str] = []
+    with psycopg.connect(server.dsn(), autocommit=True) as conn:
+
+        def make(name: str) -> str:
+            conn.execute(sql.SQL("create database {} template template0").format(sql.Identifier(name)))
+            made.append(name)
+            return server.dsn(name)
+
+        yield make
+        for name in made:
+            conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def _shared(
+    server: EmbeddedServer, _template: SimpleNamespace, pytestconfig: pytest.Config
+) -> Iterator[psycopg.Connection[Any]]:
+    name = "pgworker_shared"
+    with psycopg.connect(server.dsn(), autocommit=True) as conn:
+        conn.execute(f"create database {name} template {_template.template_dbname}")
+        with psycopg.connect(server.dsn(name)) as shared:
+            yield shared
+        pytestconfig.stash[_COVERAGE].collect(server.dsn(name))
+        conn.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def tx(_shared: psycopg.Connection[Any]) -> Iterator[psycopg.Connection[Any]]:
+    """A connection in a transaction that is rolled back after the test: for whatever needs no commit; a millisecond."""
+    with _shared.transaction(force_rollback=True):
+        yield _shared

@@ -1,0 +1,82 @@
+"""What must be true of a pgworker database at any moment, whatever happened to it before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+
+_BROKEN = """
+select 'queue ' || q.name || ' says it runs job ' || q.job_id || ', which does not run in it'
+from pgworker.queue q
+where q.job_id is not null
+  and not exists (select from pgworker.job j
+                  where j.id = q.job_id and j.queue_name = q.name and j.locked_by is not null)
+union all
+select 'job ' || j.id || ' runs in queue ' || j.queue_name || ', which says it runs ' || coalesce(q.job_id::text, 'none')
+from pgworker.job j
+left join pgworker.queue q on q.name = j.queue_name
+where j.locked_by is not null and j.queue_name is not null and q.job_id is distinct from j.id
+union all
+select 'job ' || j.id || ' is held by worker ' || j.locked_by || ', whom nobody knows'
+from pgworker.job j
+where j.locked_by is not null and not exists (select from pgworker.worker w where w.id = j.locked_by)
+union all
+select 'job ' || j.id || ' is locked by ' || coalesce(j.locked_by::text, 'nobody') || ' since '
+       || coalesce(j.locked_at::text, 'never')
+from pgworker.job j
+where (j.locked_by is null) <> (j.locked_at is null)
+union all
+select 'job ' || j.id || case when j.locked_by is null then ' waits' else ' runs' end || ' with attempts '
+       || j.attempts || ' of ' || j.max_attempts
+from pgworker.job j
+where j.attempts < (j.locked_by is not null)::int
+   or j.attempts > j.max_attempts
+   or (j.locked_by is null and j.attempts = j.max_attempts)
+union all
+select 'job ' || j.id || ' waits and is asked to stop'
+from pgworker.job j
+where j.locked_by is null and j.cancel_reason is not null
+union all
+select 'job ' || j.id || ' is waiting for something, but there are no trees'
+from pgworker.job j
+where j.waiting
+union all
+select 'job ' || f.id || ' is finished and live'
+from pgworker.finished f
+join pgworker.job j on j.id = f.id
+union all
+select 'worker ' || n.worker_id || ' is to be told of job ' || n.job_id || ', but is unknown'
+from pgworker.notice n
+where not exists (select from pgworker.worker w where w.id = n.worker_id)
+"""
+
+
+def violations(conn: psycopg.Connection[Any]) -> list[str]:
+    """Return a sentence for each thing that contradicts another, as this connection sees the database."""
+    return [sentence for (sentence,) in conn.execute(_BROKEN, prepare=False)]
+
+
+def assert_consistent(conn: psycopg.Connection[Any]) -> None:
+    """Fail, saying what is wrong, unless all that is stored agrees."""
+    found = violations(conn)
+    assert not found, f"{len(found)} contradictions, among them:\n" + "\n".join(found[:20])
+
+
+def assert_all_claimable(conn: psycopg.Connection[Any]) -> list[int]:
+    """Make all that is live due, have a new worker claim and complete it, and return the ids, in claim order.
+
+    Fails when some live job cannot be claimed, which is what is left of a job that was lost. Nothing may be running,
+    paused or forbidden.
+    """
+    assert conn.execute("select count(*) from pgworker.job where locked_by is not null").fetchone() == (0,)
+    live = {row[0] for row in conn.execute("select id from pgworker.jobs where state in ('ready', 'scheduled')")}
+    conn.execute("select count(*) from pgworker.reschedule_jobs(%s, run_at => now())", [list(live)])
+    (worker_id,) = conn.execute("select pgworker.register_worker('the one who clears up')").fetchone() or (0,)
+    claimed: list[int] = []
+    while batch := [row[0] for row in conn.execute("select id from pgworker.get_jobs(%s, 1000)", [worker_id])]:
+        claimed += batch
+        conn.execute("select pgworker.finish_jobs(%s, %s, null, null, null)", [worker_id, batch])
+    conn.execute("select pgworker.unregister_worker(%s)", [worker_id])
+    assert sorted(claimed) == sorted(live), f"never claimed: {sorted(live - set(claimed))[:20]}"
+    return claimed

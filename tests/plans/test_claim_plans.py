@@ -1,0 +1,151 @@
+"""Claims walk their index in its order and touch a handful of pages, whatever is in the table and whatever the statistics
+say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.calling import add, claim_ids, register, value
+from tests.connections import Connections
+from tests.plans.explained import Explained, buffers, cte, nodes, scans
+
+Conn = psycopg.Connection[Any]
+
+_INSERT = """
+insert into pgworker.job (run_at, created_at, priority, task_identifier, payload, queue_name, key)
+select now() - interval '1 hour' + n * interval '1 microsecond', now(), %(priority)s, %(task)s, '{}', %(queue)s, null
+from generate_series(1, %(jobs)s) n
+"""
+
+
+def _fill(conn: Conn, jobs: int, *, task: str = "t", queue: str | None = None, priority: int = 0) -> None:
+    conn.execute(_INSERT, {"jobs": jobs, "task": task, "queue": queue, "priority": priority})
+
+
+def _nothing(conn: Conn) -> None:
+    pass
+
+
+def _analysed_empty(conn: Conn) -> None:
+    conn.execute("vacuum analyze pgworker.job, pgworker.queue, pgworker.worker")
+
+
+def _large(conn: Conn) -> None:
+    _fill(conn, 30_000)
+    _fill(conn, 5_000, task="other", priority=1)
+    for queue in ("p", "q"):
+        _fill(conn, 5_000, queue=queue)
+    conn.execute("insert into pgworker.queue (name) select 'empty' || n from generate_series(1, 5000) n")
+    conn.execute("analyze pgworker.job, pgworker.queue, pgworker.worker")
+
+
+def _large_not_analysed(conn: Conn) -> None:
+    _fill(conn, 20_000)
+    _fill(conn, 5_000, queue="q")
+
+
+@pytest.fixture(params=[_nothing, _analysed_empty, _large, _large_not_analysed])
+def filled(db: Conn, request: pytest.FixtureRequest) -> Conn:
+    request.param(db)
+    return db
+
+
+def test_a_claim_reads_its_index_in_order_and_sorts_nothing(filled: Conn, connect: Connections) -> None:
+    conn = connect()
+    worker = register(conn)
+    explained = Explained(conn)
+    for _ in range(8):  # beyond the fifth, a plan could be a generic one
+        add(conn, "t")
+        add(conn, "t", queue_name="q")
+        add(conn, "other", priority=1)
+        explained.forget()
+        claimed = claim_ids(conn, worker, 3)
+        assert claimed
+        picking = cte(explained.of("with picked as"), "picked")
+        assert [node["Node Type"] for node in nodes(picking)] == ["Limit", "LockRows", "Index Scan"]
+        assert scans(picking, "job") == {("Index Scan", "job_claim")}
+        for query, plan in explained.plans:
+            for table in ("job", "queue"):
+                wrong = [scan for scan in scans(plan, table) if scan[0] not in _BY_INDEX]
+                assert not wrong, f"{table} is read by {wrong} in: {query}"
+            # That index begins with the queue's name: by anything else it would be read from end to end.
+            for node in nodes(plan):
+                if node.get("Index Name") == "job_queue" and "Index Cond" in node:
+                    assert "queue_name" in node["Index Cond"], f"{node['Index Cond']} in: {query}"
+    # Of the looks that a claim takes at queues one must be by queue, and one by the jobs' order.
+    explained.forget()
+    value(conn, "select set_config('pgworker.cursor', '', false)")
+    claim_ids(conn, worker, 3)
+    used = {index for _, plan in explained.plans for _, index in scans(plan, "job")}
+    assert {"job_claim", "job_queue"} <= used
+    explained.forget()
+    conn.execute("select pgworker.finish_jobs(%s, %s, null, null, null)", [worker, claimed])
+    conn.execute("select pgworker.next_run_at()")
+    conn.execute("select pgworker.add_job('t', job_key => 'k')")
+    conn.execute("select pgworker.add_job('t', job_key => 'k')")
+    for query, plan in explained.plans:
+        wrong = [scan for scan in scans(plan, "job") if scan[0] not in _BY_INDEX]
+        assert not wrong, f"job is read by {wrong} in: {query}"
+
+
+_BY_INDEX = {"Index Scan", "Index Only Scan", "Tid Scan"}
+
+
+def _cost(conn: Conn, worker: int, claims: int = 12, **arguments: str) -> int:
+    """Return the pages that a claim of one job touches, the cheapest of some: the others swept, or met new pages."""
+    seen = []
+    for _ in range(claims):
+        add(conn, "mine")
+        seen.append(buffers(conn, "select * from pgworker.get_jobs(%s, 1, '{mine}')", worker))
+    return min(seen)
+
+
+def _dead_entries(conn: Conn) -> None:
+    _fill(conn, 100_000)
+    conn.execute("delete from pgworker.job")
+
+
+def _of_another_task(conn: Conn) -> None:
+    _fill(conn, 100_000, task="foreign")
+
+
+def _behind_a_busy_queue(conn: Conn) -> None:
+    _fill(conn, 100_000, task="mine", queue="busy")
+    worker = register(conn)
+    assert len(claim_ids(conn, worker, 10)) == 1
+
+
+def _in_many_queues(conn: Conn) -> None:
+    conn.execute(_INSERT.replace("%(queue)s", "'q' || n"), {"jobs": 10_000, "task": "foreign", "priority": 0})
+
+
+def _behind_many_busy_queues(conn: Conn) -> None:
+    conn.execute(_INSERT.replace("%(queue)s", "'q' || mod(n, 2000)"), {"jobs": 20_000, "task": "mine", "priority": 0})
+    worker = register(conn)
+    while claim_ids(conn, worker, 1_000):
+        pass
+    assert value(conn, "select count(*) from pgworker.queue where job_id is not null") == 2_000
+
+
+@pytest.mark.parametrize(
+    "obstacle", [_dead_entries, _of_another_task, _behind_a_busy_queue, _in_many_queues, _behind_many_busy_queues]
+)
+def test_a_claim_costs_no_more_pages_for_what_lies_behind(
+    db: Conn, connect: Connections, obstacle: Callable[[Conn], None]
+) -> None:
+    conn = connect()
+    worker = register(conn)
+    clean = _cost(conn, worker)
+    conn.execute("delete from pgworker.job")
+    holder = connect(autocommit=False)
+    holder.execute("set transaction isolation level repeatable read")
+    holder.execute("select count(*) from pgworker.jobs")  # nothing that is deleted from now on can be vacuumed
+    obstacle(db)
+    burdened = _cost(conn, worker)
+    assert clean < 150
+    assert burdened <= 2 * clean, f"{burdened} pages instead of {clean}"
+    holder.rollback()

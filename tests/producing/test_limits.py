@@ -1,0 +1,172 @@
+"""The limits of add_job's arguments: named in the error, exact at the boundary; a refused call leaves nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.types.json import Jsonb
+
+from tests.calling import Conn, Row, add, call, contents, refused, value
+
+TOO_FAR = [
+    ("identifier", "", "1 to 128 characters long, got 0"),
+    ("identifier", "x" * 129, "1 to 128 characters long, got 129"),
+    ("queue_name", "", "1 to 128 characters long, got 0"),
+    ("queue_name", "x" * 129, "1 to 128 characters long, got 129"),
+    ("job_key", "", "1 to 512 characters long, got 0"),
+    ("job_key", "x" * 513, "1 to 512 characters long, got 513"),
+    ("max_attempts", 0, "from 1 to 32767, got 0"),
+    ("max_attempts", -1, "from 1 to 32767, got -1"),
+    ("max_attempts", 32768, "from 1 to 32767, got 32768"),
+    ("max_attempts", 2**31 - 1, "from 1 to 32767, got 2147483647"),
+    ("priority", -32769, "from -32768 to 32767, got -32769"),
+    ("priority", 32768, "from -32768 to 32767, got 32768"),
+    ("flags", [""], "without NULL or empty members"),
+    ("flags", ["x", None], "without NULL or empty members"),
+    ("job_key_mode", "", "one of replace, preserve_run_at, unsafe_dedupe, got ''"),
+    ("job_key_mode", "Replace", "one of replace, preserve_run_at, unsafe_dedupe, got 'Replace'"),
+    ("job_key_mode", "merge", "one of replace, preserve_run_at, unsafe_dedupe, got 'merge'"),
+]
+
+AT_THE_EDGE = [
+    ("identifier", "x"),
+    ("identifier", "é" * 128),  # characters, not bytes
+    ("queue_name", "x"),
+    ("queue_name", "é" * 128),
+    ("job_key", "x"),
+    ("job_key", "é" * 512),
+    ("max_attempts", 1),
+    ("max_attempts", 32767),
+    ("priority", -32768),
+    ("priority", 32767),
+    ("flags", ["x"]),
+    ("flags", ["é" * 1000]),
+]
+
+_COLUMNS = {"identifier": "task_identifier", "job_key": "key"}
+
+
+def _id(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 30 else f"{text[0]}*{len(text)}"
+
+
+def _add_one(conn: Conn, name: str, given: Any) -> Row:
+    (job,) = call(conn, "add_job", **({"identifier": "a"} | {name: given}))
+    return job
+
+
+@pytest.mark.parametrize(("name", "given", "says"), TOO_FAR, ids=_id)
+def test_add_job_refuses_what_is_out_of_its_limits(tx: Conn, name: str, given: Any, says: str) -> None:
+    with refused(tx, "22023", f"{name} must be ", says):
+        _add_one(tx, name, given)
+
+
+@pytest.mark.parametrize("payload", ["'{}'::json", "'{}'::text", "'{}'::jsonb"])
+def test_no_overload_lets_a_limit_be_passed(tx: Conn, payload: str) -> None:
+    with refused(tx, "22023", "queue_name must be 1 to 128 characters long, got 129"):
+        value(tx, f"select pgworker.add_job('a', {payload}, queue_name := repeat('q', 129))")
+
+
+@pytest.mark.parametrize(("name", "given", "says"), TOO_FAR, ids=_id)
+def test_add_jobs_refuses_the_same_and_says_in_which_spec(tx: Conn, name: str, given: Any, says: str) -> None:
+    specs = [{"identifier": "fine", "job_key": "k"}, {"identifier": "a"} | {name: given}, {"identifier": "fine"}]
+    with refused(tx, "22023", f"specs[1].{name} must be ", says):
+        call(tx, "add_jobs", Jsonb(specs))
+
+
+@pytest.mark.parametrize(("name", "given"), AT_THE_EDGE, ids=_id)
+def test_add_job_takes_what_is_just_within(tx: Conn, name: str, given: Any) -> None:
+    assert _add_one(tx, name, given)[_COLUMNS.get(name, name)] == given
+
+
+@pytest.mark.parametrize(("name", "given"), AT_THE_EDGE, ids=_id)
+def test_add_jobs_takes_what_is_just_within(tx: Conn, name: str, given: Any) -> None:
+    (job,) = call(tx, "add_jobs", Jsonb([{"identifier": "a"} | {name: given}]))
+    assert job[_COLUMNS.get(name, name)] == given
+
+
+def test_a_null_identifier_is_told_from_a_bad_one(tx: Conn) -> None:
+    with refused(tx, "22004", "identifier must not be null"):
+        _add_one(tx, "identifier", None)
+    with refused(tx, "22004", "identifier must not be null"):
+        value(tx, "select pgworker.add_job(null, '{}'::json)")
+
+
+@pytest.mark.parametrize("spec", [{}, {"identifier": None}, {"payload": {}}])
+def test_a_spec_without_identifier_is_refused(tx: Conn, spec: dict[str, Any]) -> None:
+    with refused(tx, "22004", "specs[0].identifier must not be null"):
+        call(tx, "add_jobs", Jsonb([spec]))
+
+
+@pytest.mark.parametrize("mode", ["replace", "preserve_run_at", "unsafe_dedupe", None])
+def test_every_mode_is_taken_without_a_key_too(tx: Conn, mode: str | None) -> None:
+    assert _add_one(tx, "job_key_mode", mode)["revision"] == 0
+    assert call(tx, "add_jobs", Jsonb([{"identifier": "a", "job_key_mode": mode}]))[0]["revision"] == 0
+
+
+def test_a_null_mode_replaces(tx: Conn) -> None:
+    first = add(tx, job_key="k", priority=5)
+    second = add(tx, job_key="k", job_key_mode=None)
+    assert (second["id"], second["priority"], second["revision"]) == (first["id"], 0, 1)
+
+
+def test_a_bad_mode_is_refused_before_the_key_is_looked_at(tx: Conn) -> None:
+    add(tx, job_key="k")
+    with refused(tx, "22023", "job_key_mode"):
+        add(tx, job_key="k", job_key_mode="merge")
+
+
+def test_a_refused_call_changes_no_job_with_that_key(tx: Conn) -> None:
+    add(tx, job_key="k")
+    with refused(tx, "22023", "priority"):
+        add(tx, "b", job_key="k", priority=32768)
+
+
+def test_nested_flags_are_refused_although_each_member_is_fine(tx: Conn) -> None:
+    with refused(tx, "22023", "flags must be a plain list"):
+        value(tx, "select pgworker.add_job('a', flags := array[array['x'], array['y']])")
+
+
+def test_flags_that_are_an_empty_list_are_no_flags(tx: Conn) -> None:
+    job = add(tx, flags=[])
+    assert not job["flags"]
+    (other,) = call(tx, "add_jobs", Jsonb([{"identifier": "a", "flags": []}]))
+    assert other["flags"] == job["flags"]
+
+
+def test_numbers_that_no_int_can_hold_are_refused_in_a_spec(tx: Conn) -> None:
+    for name in ("priority", "max_attempts"):
+        for given in (1e30, -(2**63), 1.5):
+            with refused(tx, "22023", f"specs[0].{name} must be "):
+                call(tx, "add_jobs", Jsonb([{"identifier": "a", name: given}]))
+
+
+def test_the_first_of_several_wrong_arguments_does_not_hide_that_it_is_wrong(tx: Conn) -> None:
+    with refused(tx, "22023", "identifier"):
+        add(tx, "", queue_name="", priority=99999)
+
+
+def test_a_hint_says_what_to_do_instead(tx: Conn) -> None:
+    with refused(tx, "22023", "job_key", hint="hash a longer key"):
+        add(tx, job_key="x" * 600)
+    with refused(tx, "22023", "priority", hint="Lower numbers run sooner"):
+        add(tx, priority=40000)
+
+
+def test_a_refusal_leaves_the_callers_transaction_to_the_caller(db: Conn) -> None:
+    with db.transaction():
+        kept = add(db)
+        with pytest.raises(psycopg.errors.InvalidParameterValue), db.transaction():
+            add(db, "")
+    assert value(db, "select array_agg(id) from pgworker.jobs") == [kept["id"]]
+    assert contents(db)["queue"] == contents(db)["task"] == []
+
+
+def test_adding_makes_no_row_for_queue_or_task(tx: Conn) -> None:
+    # Producers would hold its lock until they commit.
+    add(tx, "some-task", queue_name="some-queue", job_key="k")
+    call(tx, "add_jobs", Jsonb([{"identifier": "other", "queue_name": "other"}]))
+    assert contents(tx)["queue"] == contents(tx)["task"] == []
