@@ -21,7 +21,7 @@ return case
   when array_ndims(p_flags) > 1 then 'flags'
   when array_ndims(p_flags) = 1 and (array_position(p_flags, null) is not null
                                      or array_position(p_flags, '') is not null) then 'flags'
-  when p_run_at not between '0001-01-01 00:00:00+00'::timestamptz and '9999-12-31 00:00:00+00'::timestamptz then 'run_at'
+  when p_run_at not between '0001-01-02 00:00:00+00'::timestamptz and '9999-12-30 00:00:00+00'::timestamptz then 'run_at'
   when p_job_key_mode not in ('replace', 'preserve_run_at', 'unsafe_dedupe') then 'job_key_mode'
 end;
 comment on function pgworker.invalid_argument(text, text, numeric, text, numeric, text[], text, timestamptz) is

@@ -49,6 +49,7 @@ declare
   v_now   constant timestamptz := pgworker.clock(now());
   v_run_at constant timestamptz := coalesce(p_run_at, v_now);
   v_flags constant text[] := nullif(p_flags, '{}');
+  v_due   timestamptz;
   v_id    bigint;
 begin
   loop
@@ -57,12 +58,14 @@ begin
     values (coalesce(p_id, nextval('pgworker.job_id')), p_identifier, coalesce(p_payload, '{}'), p_queue_name, v_run_at,
             coalesce(p_max_attempts, 25), p_key, coalesce(p_priority, 0), v_flags, v_now)
     on conflict (key) where key is not null do nothing
-    returning j.id into v_id;
+    returning j.id, j.run_at into v_id, v_due;
     exit when found;
 
     if p_mode = 'unsafe_dedupe' then
       update pgworker.job j set revision = j.revision + 1 where j.key = p_key returning j.id into v_id;
-      exit when found;
+      if found then
+        return v_id;                               -- nothing has become claimable
+      end if;
     else
       update pgworker.job j
       set task_identifier = p_identifier,
@@ -76,7 +79,7 @@ begin
           attempts = 0, last_error = null, progress = null,
           revision = j.revision + 1
       where j.key = p_key and j.locked_by is null
-      returning j.id into v_id;
+      returning j.id, j.run_at into v_id, v_due;
       exit when found;
 
       update pgworker.job j set key = null, max_attempts = j.attempts
@@ -84,9 +87,9 @@ begin
     end if;
   end loop;
 
-  if v_run_at <= pgworker.clock() then
-    -- A time given in the past puts the job behind the cursors of the sessions that claim.
-    if p_run_at < v_now then
+  if v_due <= pgworker.clock() then
+    -- A time in the past puts the job behind the cursors of the sessions that claim.
+    if v_due < v_now then
       perform nextval('pgworker.epoch');
     end if;
     perform pgworker.wake();
