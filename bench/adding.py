@@ -1,7 +1,7 @@
 """How fast one session adds jobs, and how soon a job that was added runs.
 
-These take short moments, so within a run the sides alternate too, block by block: whatever else the machine does meanwhile
-hits them alike.
+These take short moments, so within a run the sides alternate too, block by block: whatever else the machine does
+meanwhile hits them alike.
 """
 
 from __future__ import annotations

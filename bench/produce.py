@@ -1,13 +1,14 @@
 """One session that adds jobs through pgworker's client, as told on standard input.
 
-``single N`` adds N jobs, each in a transaction of its own; ``bulk N`` adds N at once; ``timed N MS`` adds N that say when
-they were sent, pausing MS milliseconds after each. Each is answered by ``@ took NS``.
+``single N`` adds N jobs, each in a transaction of its own; ``bulk N`` adds N at once; ``timed N MS`` adds N that say
+when they were sent, pausing MS milliseconds after each. Each is answered by ``@ took NS``.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 import psycopg
 
@@ -30,12 +31,13 @@ def main() -> None:
                 add_job(conn, "noop", {"sent": str(time.monotonic_ns())})
                 time.sleep(pause / 1000)
 
+        ways: dict[str, Callable[..., None]] = {"single": single, "bulk": bulk, "timed": timed}
         single(20)  # the connection is there and its statements are prepared
         print("@ ready", flush=True)
         for line in sys.stdin:
             what, *numbers = line.split()
             begun = time.monotonic_ns()
-            {"single": single, "bulk": bulk, "timed": timed}[what](*map(int, numbers))
+            ways[what](*map(int, numbers))
             print("@ took", time.monotonic_ns() - begun, flush=True)
 
 

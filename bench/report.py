@@ -34,7 +34,7 @@ def rows(sizes: Sizes) -> list[Row]:
         Row("latency_p95", "  p95", "ms"),
         Row("latency_p99", "  p99", "ms"),
         Row("latency_max", "  max", "ms"),
-        Row("held_not", f"1 process, after {passed:,} jobs", "jobs/s"),
+        Row("held_not", f"1 process, {passed:,} jobs have passed", "jobs/s"),
         Row("held", "  the same under an old snapshot", "jobs/s", "held_not"),
         Row("foreign_without", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
         Row("foreign", f"  behind {sizes.foreign:,} foreign jobs", "jobs/s", "foreign_without"),

@@ -98,7 +98,10 @@ class Claimer:
             self._hinted = False
             settled = self._feed.quiet and not self._finisher.pending
             rows = await self._claim(wanted)
-            if rows:
+            if rows and self._told_to_close():  # told to stop while the claim was under way: none of these is started
+                self._finisher.outbox.release(rows)
+                self._finisher.wake()
+            elif rows:
                 fruitless = 0
                 self._feed.put(rows)
                 if len(rows) <= self._settings.concurrency:
@@ -108,6 +111,9 @@ class Claimer:
                     return
                 await self._sleep(fruitless)
                 fruitless = 0 if self._hinted else fruitless + 1
+
+    def _told_to_close(self) -> bool:
+        return self._closing
 
     def _wanted(self) -> int:
         """How many jobs to claim now."""

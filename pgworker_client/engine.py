@@ -62,6 +62,7 @@ class Engine:
         self._stops += 1
         self._stopping.set()
         self._claimer.close()
+        self._give_back_unstarted()
         if self._stops > 1:
             self._interrupting.set()
 

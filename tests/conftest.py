@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
             del os.environ[name]
     # Whoever stops a run wants it gone like Ctrl-C does: with its servers and their directories.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell makes its background processes deaf to Ctrl-C; the processes that tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         config.stash[_INSTALLATION] = find_installation(config.getoption("--pg"))
     except (NoPostgresError, ValueError) as error:

@@ -13,7 +13,8 @@ where q.job_id is not null
   and not exists (select from pgworker.job j
                   where j.id = q.job_id and j.queue_name = q.name and j.locked_by is not null)
 union all
-select 'job ' || j.id || ' runs in queue ' || j.queue_name || ', which says it runs ' || coalesce(q.job_id::text, 'none')
+select 'job ' || j.id || ' runs in queue ' || j.queue_name || ', which says it runs '
+       || coalesce(q.job_id::text, 'none')
 from pgworker.job j
 left join pgworker.queue q on q.name = j.queue_name
 where j.locked_by is not null and j.queue_name is not null and q.job_id is distinct from j.id

@@ -46,6 +46,8 @@ def test_only_what_is_given_changes_and_zero_is_given(tx: Conn, change: dict[str
         ({"priority": -32769}, "priority must be a whole number from -32768 to 32767, got -32769"),
         ({"max_attempts": 0}, "max_attempts must be a whole number from 1 to 32767, got 0"),
         ({"max_attempts": 32768}, "max_attempts must be a whole number from 1 to 32767, got 32768"),
+        ({"run_at": "infinity"}, "run_at must lie between the years 1 and 9999, got infinity"),
+        ({"run_at": "-infinity"}, "run_at must lie between the years 1 and 9999, got -infinity"),
         ({"attempts": -1}, "attempts must be a whole number from 0 to 32766, got -1"),
         ({"attempts": 32767}, "attempts must be a whole number from 0 to 32766, got 32767"),
     ],

@@ -295,10 +295,15 @@ def test_two_signals_end_at_once_and_give_everything_back(spawn: Spawn, db: Db, 
 
 
 def test_a_thread_that_never_ends_does_not_keep_the_process(spawn: Spawn, db: Db, tmp_path: Path) -> None:
-    write_task(tmp_path / "tasks", "deaf", "import time\ndef handle(payload, ctx):\n    time.sleep(600)\n")
+    write_task(
+        tmp_path / "tasks",
+        "deaf",
+        "import time\ndef handle(payload, ctx):\n    print('begun', flush=True)\n    time.sleep(600)\n",
+    )
     add_job(db, "deaf")
     process = spawn("run", "--tasks", "tasks", "--grace", "0.1")
-    until_row(db, "select 1 from pgworker.job where locked_by is not null")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGTERM)
     status, _, err = ended(process)
     assert status == 0

@@ -78,11 +78,17 @@ def test_the_lease_is_renewed_while_jobs_are_long(dsn: str, db: Db) -> None:
 
 
 def test_jobs_of_one_queue_follow_each_other_though_nobody_notifies(dsn: str, db: Db) -> None:
-    worker, seen = echoing(dsn, lease=30, poll_interval=600)
-    for n in range(20):
+    worker, seen = Worker(dsn, lease=30, poll_interval=600), []
+
+    @worker.task
+    async def t(payload: Any, _ctx: Context) -> None:
+        await asyncio.sleep(0.3)  # by then the worker has looked again and lain down
+        seen.append(payload)
+
+    for n in range(4):
         add_job(db, "t", n, queue_name="q")
     with running(worker):
-        until(lambda: len(seen) == 20, "the queue is worked off")
+        until(lambda: len(seen) == 4, "the queue is worked off")
 
 
 def test_a_worker_whose_lease_ran_out_registers_anew(dsn: str, db: Db, caplog: pytest.LogCaptureFixture) -> None:

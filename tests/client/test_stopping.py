@@ -79,10 +79,11 @@ def test_after_a_stop_nothing_is_claimed(dsn: str, db: Db, start: Start) -> None
 
 
 def test_the_second_stop_cancels_what_runs_and_gives_it_back_with_its_attempt(dsn: str, db: Db, start: Start) -> None:
-    worker, ended = Worker(dsn), []
+    worker, begun, ended = Worker(dsn), [], []
 
     @worker.task
     async def patient(_payload: Any, ctx: Context) -> None:
+        begun.append("patient")
         try:
             await asyncio.sleep(600)
         finally:
@@ -90,13 +91,14 @@ def test_the_second_stop_cancels_what_runs_and_gives_it_back_with_its_attempt(ds
 
     @worker.task
     def attentive(_payload: Any, ctx: BlockingContext) -> str:
+        begun.append("attentive")
         ended.append(ctx.cancelled.wait(20))
         return "cut short"
 
     add_job(db, "patient")
     add_job(db, "attentive")
     background = start(worker)
-    until_row(db, "select 1 where (select count(*) from pgworker.job where locked_by is not null) = 2")
+    until(lambda: len(begun) == 2, "both run")
     stop(worker)
     assert not ended
     worker.stop()
@@ -107,15 +109,16 @@ def test_the_second_stop_cancels_what_runs_and_gives_it_back_with_its_attempt(ds
 
 
 def test_the_grace_time_does_what_a_second_stop_does(dsn: str, db: Db, start: Start) -> None:
-    worker = Worker(dsn, grace=0.1)
+    worker, begun = Worker(dsn, grace=0.1), threading.Event()
 
     @worker.task
     async def t(_payload: Any, _ctx: Context) -> None:
+        begun.set()
         await asyncio.sleep(600)
 
     add_job(db, "t")
     background = start(worker)
-    until_row(db, "select 1 from pgworker.job where locked_by is not null")
+    assert begun.wait(20)
     worker.stop()
     background.join()
     assert states(db) == [("ready", 0)]
@@ -125,14 +128,16 @@ def test_handlers_that_ignore_everything_are_left_behind(
     dsn: str, db: Db, start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("pgworker_client.engine._LAST_WAIT", 0.2)
-    worker, go = Worker(dsn, grace=0.1), threading.Event()
+    worker, begun, go = Worker(dsn, grace=0.1), [], threading.Event()
 
     @worker.task
     def deaf(_payload: Any, _ctx: BlockingContext) -> None:
+        begun.append("deaf")
         go.wait(60)
 
     @worker.task
     async def stubborn(_payload: Any, _ctx: Context) -> None:
+        begun.append("stubborn")
         while not go.is_set():
             try:
                 await asyncio.sleep(0.01)
@@ -142,7 +147,7 @@ def test_handlers_that_ignore_everything_are_left_behind(
     add_job(db, "deaf")
     stubborn_job = add_job(db, "stubborn")
     background = start(worker)
-    until_row(db, "select 1 where (select count(*) from pgworker.job where locked_by is not null) = 2")
+    until(lambda: len(begun) == 2, "both run")
     began = time.monotonic()
     worker.stop()
     background.join()

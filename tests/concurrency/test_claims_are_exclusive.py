@@ -27,7 +27,8 @@ def test_two_hundred_sessions_never_claim_the_same_job_and_leave_none(dsn: str, 
     jobs = 6_000
     db.execute(
         "select count(*) from pgworker.add_jobs((select jsonb_agg(jsonb_build_object("
-        " 'identifier', 't' || mod(n, 3), 'priority', mod(n, 5) - 2, 'flags', case when mod(n, 7) = 0 then '[\"slow\"]'::jsonb end))"
+        " 'identifier', 't' || mod(n, 3), 'priority', mod(n, 5) - 2,"
+        " 'flags', case when mod(n, 7) = 0 then jsonb_build_array('slow') end))"
         " from generate_series(1, %s) n))",
         [jobs],
     )
@@ -63,7 +64,7 @@ def test_two_hundred_sessions_never_claim_the_same_job_and_leave_none(dsn: str, 
 
 
 def test_a_serial_queue_never_runs_two_jobs_at_once_and_keeps_others_going(dsn: str, db: Conn) -> None:
-    sessions, queues, jobs = 40, 8, 1_500
+    sessions, queues, jobs = 24, 8, 900
     db.execute("create table public.run (queue text, job_id bigint, began bigint, ended bigint)")
     db.execute("create sequence public.moment")
     # Every third job has no queue; the queues are of very different lengths; one in twenty fails once and goes behind.

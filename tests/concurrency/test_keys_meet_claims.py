@@ -18,37 +18,18 @@ from psycopg.types.json import Jsonb
 from tests.connections import Connections
 from tests.invariants import assert_consistent
 from tests.parallel import in_parallel
-from tests.waiting import until_blocked
+from tests.sessions import Background
 
 Conn = psycopg.Connection[Any]
 
 MODES = ("replace", "preserve_run_at", "unsafe_dedupe")
 
 
-class Blocked:
-    """A statement in a thread, expected to wait for another session."""
-
-    def __init__(self, conn: Conn, watcher: Conn, query: str, *parameters: Any) -> None:
-        self._rows: list[DictRow] = []
-        self._error: Exception | None = None
-
-        def run() -> None:
-            try:
-                with conn.cursor(row_factory=dict_row) as cur:
-                    self._rows = cur.execute(query, parameters).fetchall()
-            except Exception as error:  # raised again by result()
-                self._error = error
-
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-        until_blocked(watcher, conn)
-
-    def result(self) -> DictRow:
-        self._thread.join(20)
-        assert not self._thread.is_alive(), "it still waits"
-        if self._error:
-            raise self._error
-        return self._rows[0]
+def _blocked(conn: Conn, watcher: Conn, query: str, *parameters: Any) -> Background:
+    """Start a query that is expected to wait for another session, and return when it does."""
+    waits = Background(conn, query, *parameters)
+    waits.wait_until_blocked(watcher)
+    return waits
 
 
 def _jobs(conn: Conn) -> list[DictRow]:
@@ -91,9 +72,9 @@ def test_a_job_added_while_a_claim_is_not_committed_meets_a_running_job(
     db: Conn, connect: Connections, holder: Conn, worker_id: int, keyed: int, mode: str
 ) -> None:
     assert _one(holder, "select * from pgworker.get_jobs(%s)", worker_id)["id"] == keyed
-    adding = Blocked(connect(), db, ADD, mode)
+    adding = _blocked(connect(), db, ADD, mode)
     holder.commit()
-    added = adding.result()
+    added = adding.result()[0]
     if mode == "unsafe_dedupe":
         assert (added["id"], added["state"], added["revision"], added["payload"]) == (keyed, "running", 1, [1])
         assert len(_jobs(db)) == 1
@@ -114,9 +95,9 @@ def test_a_job_added_while_a_claim_is_rolled_back_meets_a_pending_job(
     db: Conn, connect: Connections, holder: Conn, worker_id: int, keyed: int, mode: str
 ) -> None:
     _one(holder, "select * from pgworker.get_jobs(%s)", worker_id)
-    adding = Blocked(connect(), db, ADD, mode)
+    adding = _blocked(connect(), db, ADD, mode)
     holder.rollback()
-    added = adding.result()
+    added = adding.result()[0]
     assert (added["id"], added["state"], added["revision"], added["attempts"]) == (keyed, "ready", 1, 0)
     assert added["payload"] == ([1] if mode == "unsafe_dedupe" else [1, 2])
     assert _jobs(db) == [added]
@@ -144,9 +125,9 @@ def test_a_job_added_while_the_run_ends_is_a_new_job(
 ) -> None:
     _one(db, "select * from pgworker.get_jobs(%s)", worker_id)
     holder.execute(f"select pgworker.{ends}".encode(), [worker_id, keyed])
-    adding = Blocked(connect(), db, ADD, mode)
+    adding = _blocked(connect(), db, ADD, mode)
     holder.commit()
-    added = adding.result()
+    added = adding.result()[0]
     assert added["id"] > keyed
     assert (added["state"], added["payload"], added["key"], added["revision"]) == ("ready", [2], "k", 0)
     assert_consistent(db)
@@ -158,9 +139,9 @@ def test_a_job_added_while_the_run_fails_and_will_retry_updates_it(
 ) -> None:
     _one(db, "select * from pgworker.get_jobs(%s)", worker_id)
     holder.execute("select pgworker.fail_job(%s, %s, 'broken')", [worker_id, keyed])
-    adding = Blocked(connect(), db, ADD, mode)
+    adding = _blocked(connect(), db, ADD, mode)
     holder.commit()
-    added = adding.result()
+    added = adding.result()[0]
     assert (added["id"], added["revision"], added["key"]) == (keyed, 1, "k")
     if mode == "unsafe_dedupe":
         assert (added["state"], added["payload"], added["attempts"]) == ("scheduled", [1], 1)
@@ -175,9 +156,9 @@ def test_a_job_added_while_its_key_is_removed_is_a_new_job(
     db: Conn, connect: Connections, holder: Conn, keyed: int, mode: str
 ) -> None:
     assert _one(holder, "select * from pgworker.remove_job('k')")["id"] == keyed
-    adding = Blocked(connect(), db, ADD, mode)
+    adding = _blocked(connect(), db, ADD, mode)
     holder.commit()
-    added = adding.result()
+    added = adding.result()[0]
     assert added["id"] > keyed
     assert added["payload"] == [2]
     assert _jobs(db) == [added]
@@ -188,9 +169,9 @@ def test_two_sessions_that_add_the_same_new_key_make_one_job(
     db: Conn, connect: Connections, holder: Conn, mode: str
 ) -> None:
     first = _one(holder, "select * from pgworker.add_job('old', '[1]', job_key => 'k')")
-    adding = Blocked(connect(), db, ADD, mode)
+    adding = _blocked(connect(), db, ADD, mode)
     holder.commit()
-    added = adding.result()
+    added = adding.result()[0]
     assert (added["id"], added["revision"]) == (first["id"], 1)
     assert added["payload"] == ([1] if mode == "unsafe_dedupe" else [1, 2])
 
@@ -199,9 +180,9 @@ def test_removing_a_key_while_it_is_claimed_leaves_the_run_going(
     db: Conn, connect: Connections, holder: Conn, worker_id: int, keyed: int
 ) -> None:
     _one(holder, "select * from pgworker.get_jobs(%s)", worker_id)
-    removing = Blocked(connect(), db, "select * from pgworker.remove_job('k')")
+    removing = _blocked(connect(), db, "select * from pgworker.remove_job('k')")
     holder.commit()
-    removed = removing.result()
+    removed = removing.result()[0]
     assert (removed["id"], removed["state"], removed["key"], removed["max_attempts"]) == (keyed, "running", None, 1)
     db.execute("select pgworker.complete_job(%s, %s)", [worker_id, keyed])
 
@@ -216,11 +197,11 @@ def test_bulk_calls_with_the_same_keys_in_opposite_order_do_not_deadlock(
     keys = [f"k{n}" for n in range(5)]
     holder.execute("select pgworker.add_job('t', '[0]', job_key => 'k2')")
     bulk = "select count(*) from pgworker.add_jobs(%s)"
-    forwards = Blocked(connect(), db, bulk, specs(keys, 1))
-    backwards = Blocked(connect(), db, bulk, specs(keys[::-1], 2))
+    forwards = _blocked(connect(), db, bulk, specs(keys, 1))
+    backwards = _blocked(connect(), db, bulk, specs(keys[::-1], 2))
     holder.commit()
-    assert forwards.result()["count"] == 5
-    assert backwards.result()["count"] == 5
+    assert forwards.result()[0]["count"] == 5
+    assert backwards.result()[0]["count"] == 5
     assert {len(job["payload"]) for job in _jobs(db) if job["key"] != "k2"} == {2}
 
     # Then in haste; keys that exist, keys that do not, and keys that occur twice.
@@ -291,9 +272,7 @@ def payloads_through(
                     if not fails:
                         conn.execute("select pgworker.complete_job(%s, %s)", [worker_id, job["id"]])
                         return
-                    after = _one(
-                        conn, "select * from pgworker.fail_job(%s, %s, 'again', now())", worker_id, job["id"]
-                    )
+                    after = _one(conn, "select * from pgworker.fail_job(%s, %s, 'again', now())", worker_id, job["id"])
                     # Its retries were taken away by an add_job that came while it ran: it has ended, failed.
                     job["ended"] = after["state"] == "failed"
 

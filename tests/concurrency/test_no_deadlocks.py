@@ -1,7 +1,8 @@
-"""Everything at once from many sessions: no deadlock, no error that is not in the contract, nothing stuck at the end."""
+"""Everything at once from many sessions: no deadlock, no error outside of the contract, nothing stuck at the end."""
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -22,6 +23,9 @@ SECONDS = 6
 KEYS = [f"k{n}" for n in range(8)]
 QUEUES = [f"q{n}" for n in range(4)]
 TASKS = ["t0", "t1", "t2"]
+
+
+Role = Callable[["Storm", random.Random, Conn], None]
 
 
 class Storm:
@@ -73,7 +77,10 @@ def _work(storm: Storm, chance: random.Random, conn: Conn) -> None:
 
     worker_id = register()
     while not storm.over:
-        got = [row[0] for row in conn.execute("select id from pgworker.get_jobs(%s, %s)", [worker_id, chance.choice([1, 4, 20])])]
+        got = [
+            row[0]
+            for row in conn.execute("select id from pgworker.get_jobs(%s, %s)", [worker_id, chance.choice([1, 4, 20])])
+        ]
         chance.shuffle(got)
         choice = chance.random()
         if choice < 0.5:
@@ -121,28 +128,31 @@ def _administrate(storm: Storm, chance: random.Random, conn: Conn) -> None:
     while not storm.over:
         rows = conn.execute(
             "select id from pgworker.jobs where state = any (%s) order by random() limit 20",
-            [chance.choice([["ready", "scheduled"], ["running"], ["failed", "cancelled"], ["ready", "running", "failed"]])],
+            [
+                chance.choice(
+                    [["ready", "scheduled"], ["running"], ["failed", "cancelled"], ["ready", "running", "failed"]]
+                )
+            ],
         ).fetchall()
         ids = [row[0] for row in rows]
-        what, parameters = chance.choice(
-            [
-                ("cancel_jobs(%s)", [ids]),
-                ("complete_jobs(%s)", [ids[:3]]),
-                ("permanently_fail_jobs(%s)", [ids[:5]]),
-                ("reschedule_jobs(%s, now())", [ids]),
-                ("reschedule_jobs(%s, now() + interval '20 ms', %s)", [ids, chance.randint(-2, 2)]),
-                ("retry_jobs(%s)", [ids]),
-                ("remove_job(%s)", [chance.choice(KEYS)]),
-                ("force_unlock_workers(%s)", [chance.sample(storm.workers, min(3, len(storm.workers)))]),
-                ("pause_queue(%s)", [chance.choice(QUEUES)]),
-                ("resume_queue(%s)", [chance.choice(QUEUES)]),
-                ("pause_task(%s)", [chance.choice(TASKS)]),
-                ("resume_task(%s)", [chance.choice(TASKS)]),
-                ("maintain()", []),
-                ("cleanup()", []),
-                ("next_run_at()", []),
-            ]
-        )
+        calls: list[tuple[str, list[Any]]] = [
+            ("cancel_jobs(%s)", [ids]),
+            ("complete_jobs(%s)", [ids[:3]]),
+            ("permanently_fail_jobs(%s)", [ids[:5]]),
+            ("reschedule_jobs(%s, now())", [ids]),
+            ("reschedule_jobs(%s, now() + interval '20 ms', %s)", [ids, chance.randint(-2, 2)]),
+            ("retry_jobs(%s)", [ids]),
+            ("remove_job(%s)", [chance.choice(KEYS)]),
+            ("force_unlock_workers(%s)", [chance.sample(storm.workers, min(3, len(storm.workers)))]),
+            ("pause_queue(%s)", [chance.choice(QUEUES)]),
+            ("resume_queue(%s)", [chance.choice(QUEUES)]),
+            ("pause_task(%s)", [chance.choice(TASKS)]),
+            ("resume_task(%s)", [chance.choice(TASKS)]),
+            ("maintain()", []),
+            ("cleanup()", []),
+            ("next_run_at()", []),
+        ]
+        what, parameters = chance.choice(calls)
         conn.execute(f"select pgworker.{what}".encode(), parameters)
         storm.count(what)
         time.sleep(chance.random() * 0.01)
@@ -163,9 +173,11 @@ def _come_and_vanish(storm: Storm, dsn: str, chance: random.Random, conn: Conn) 
 def test_a_storm_of_everything_ends_with_every_job_finished_or_claimable(dsn: str, db: Conn) -> None:
     db.execute("insert into pgworker.setting values ('rescue_grace', '100 ms')")
     storm = Storm()
-    roles: list[Callable[[Storm, random.Random, Conn], None]] = [_produce] * 4 + [_work] * 8 + [_administrate] * 5
-    parts = [lambda conn, n=n, role=role: role(storm, random.Random(n), conn) for n, role in enumerate(roles)]
-    parts.append(lambda conn: _come_and_vanish(storm, dsn, random.Random(99), conn))
+    roles: list[Role] = [*[_produce] * 4, *[_work] * 8, *[_administrate] * 5]
+    parts: list[Callable[[Conn], None]] = [
+        functools.partial(role, storm, random.Random(n)) for n, role in enumerate(roles)
+    ]
+    parts.append(functools.partial(_come_and_vanish, storm, dsn, random.Random(99)))
     in_parallel(dsn, parts, options="-cdeadlock_timeout=100ms -clog_lock_waits=on", timeout=SECONDS + 40)
 
     # Every part of it has had its turn, and the workers, whose sessions are gone, are found dead.

@@ -1,4 +1,4 @@
-"""A session that keeps its transaction open, whatever it did in it, makes no worker wait; what it commits late is found."""
+"""A session that keeps its transaction open makes no worker wait, whatever it did; what it commits late is found."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_uncommitted_claim_makes_no_other_claim_wait_also_of_a_queue_that_nev
     db.execute("select pgworker.add_job('t', queue_name => 'other')")
     mine = _claim(hasty, second)
     assert len(mine) == 3
-    assert hasty.execute("select count(*) from pgworker.finish_jobs(%s, %s, null, null, null)", [second, mine])
+    hasty.execute("select count(*) from pgworker.finish_jobs(%s, %s, null, null, null)", [second, mine])
     lingering.commit()
     assert _claim(hasty, second) == []
     assert_consistent(db)
@@ -77,7 +77,12 @@ def test_an_uncommitted_claim_that_is_rolled_back_leaves_its_jobs_to_others(
     assert _claim(hasty, second) == []
     lingering.rollback()
     found: list[int] = []
-    until(lambda: found.extend(_claim(hasty, second)) or len(found) == 5, "the five jobs", timeout=1)
+
+    def look() -> bool:
+        found.extend(_claim(hasty, second))
+        return len(found) == 5
+
+    until(look, "the five jobs", timeout=1)
     assert sorted(found) == sorted(held)
     assert_consistent(db)
 
@@ -113,8 +118,9 @@ def test_a_producer_or_administrator_that_lingers_makes_no_worker_wait(
     claimed = _claim(hasty, worker_id)
     touches = "pending" in does
     assert len(claimed) == (2 if touches else 3)
-    finished = hasty.execute("select outcome from pgworker.finish_jobs(%s, %s, null, %s, '{broken}')",
-                             [worker_id, claimed[1:], claimed[:1]])
+    finished = hasty.execute(
+        "select outcome from pgworker.finish_jobs(%s, %s, null, %s, '{broken}')", [worker_id, claimed[1:], claimed[:1]]
+    )
     assert [row[0] for row in finished] == ["completed"] * (len(claimed) - 1) + ["scheduled"]
     hasty.execute("select pgworker.add_job('t', queue_name => 'q3')")
     hasty.execute("select pgworker.maintain()")
@@ -159,8 +165,8 @@ def test_a_job_that_is_committed_late_is_claimed_within_a_second(
         "select pgworker.unregister_worker(%(worker)s)",
         "select pgworker.complete_job(%(worker)s, %(job)s); select pgworker.add_job('t', queue_name => %(queue)s,"
         " run_at => now() - interval '1 day', job_key => 'late')",
-        "select pgworker.complete_job(%(worker)s, %(job)s); select pgworker.reschedule_jobs(array[%(scheduled)s::bigint],"
-        " now() - interval '1 day')",
+        "select pgworker.complete_job(%(worker)s, %(job)s);"
+        " select pgworker.reschedule_jobs(array[%(scheduled)s::bigint], now() - interval '1 day')",
         "select pgworker.complete_job(%(worker)s, %(job)s); select pgworker.resume_task('paused')",
         "select pgworker.complete_job(%(worker)s, %(job)s); select pgworker.resume_queue('paused')",
     ],
@@ -184,7 +190,7 @@ def test_what_comes_back_behind_the_cursor_is_claimed_within_a_second(
     before = set(_claim(hasty, worker_id, 100))
     assert job not in before
     assert scheduled is not None
-    for statement in back.split("; "):
+    for statement in back.split(";"):
         db.execute(statement.encode(), {"worker": first, "job": job, "queue": queue, "scheduled": scheduled[0]})
     other = connect()
 
@@ -192,7 +198,9 @@ def test_what_comes_back_behind_the_cursor_is_claimed_within_a_second(
         other.execute("select pgworker.add_job('other') from generate_series(1, 3)")
         return [
             row[0]
-            for row in hasty.execute("select id from pgworker.get_jobs(%s, 1) where task_identifier <> 'other'", [worker_id])
+            for row in hasty.execute(
+                "select id from pgworker.get_jobs(%s, 1) where task_identifier <> 'other'", [worker_id]
+            )
         ]
 
     assert until(look, "the job that came back", timeout=1)

@@ -1,5 +1,6 @@
-"""Workers killed, backends terminated, the server crashed, all while thousands of jobs run: every job ends, and whatever
-ran twice did so because of one of these.
+"""Workers are killed, backends terminated, the server crashes while thousands of jobs run.
+
+Every job ends, and whatever ran twice did so because of one of these faults.
 
 PGWORKER_FAULT_JOBS sets how many jobs (default 15,000).
 """
@@ -75,7 +76,9 @@ def test_every_job_ends_and_runs_again_only_after_a_fault(own_server: EmbeddedSe
         assert conn.execute("select count(*) from pgworker.queue where job_id is not null").fetchone() == (0,)
     again = _again(dsn)
     unexplained = [
-        (job, before, after) for job, before, after in again if bisect.bisect(faults, before) == bisect.bisect(faults, after)
+        (job, before, after)
+        for job, before, after in again
+        if bisect.bisect(faults, before) == bisect.bisect(faults, after)
     ]
     assert not unexplained, f"ran again without a fault between: {unexplained[:10]}"
     assert len(again) < JOBS / 4

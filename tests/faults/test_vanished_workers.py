@@ -80,11 +80,12 @@ def test_a_claim_whose_transaction_was_cut_off_leaves_nothing_behind(db: Conn, c
     jobs = _add(db, 3)
     victim = connect()
     worker_id = _register(victim)
-    with pytest.raises(psycopg.OperationalError), victim.transaction():
-        assert _claim(victim, worker_id) == jobs
-        db.execute("select pg_terminate_backend(%s)", [victim.info.backend_pid])
-        until_gone(db, victim.info.backend_pid)
-        victim.execute("select 1")
+    victim.execute("begin")
+    assert _claim(victim, worker_id) == jobs
+    db.execute("select pg_terminate_backend(%s)", [victim.info.backend_pid])
+    until_gone(db, victim.info.backend_pid)
+    with pytest.raises(psycopg.OperationalError):
+        victim.execute("commit")
     assert _states(db) == [(job, "ready", 0) for job in jobs]
     assert_consistent(db)
     assert assert_all_claimable(db) == jobs

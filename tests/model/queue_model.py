@@ -57,7 +57,13 @@ class Model:
         for job in sorted(self.live.values(), key=lambda job: (job.priority, job.run_at, job.id)):
             passed_over = job.queue in busy or {("queue", job.queue), ("task", job.task)} & self.paused
             unwanted = (tasks is not None and job.task not in tasks) or set(job.flags) & set(forbidden)
-            if len(claimed) < most and job.holder is None and job.run_at <= self.now and not passed_over and not unwanted:
+            if (
+                len(claimed) < most
+                and job.holder is None
+                and job.run_at <= self.now
+                and not passed_over
+                and not unwanted
+            ):
                 job.holder, job.attempts = worker, job.attempts + 1
                 claimed.append(job.id)
                 busy |= {job.queue} if job.queue else set()
@@ -82,7 +88,9 @@ class Model:
         self.live[id].holder, self.live[id].attempts = None, self.live[id].attempts - 1
         return None
 
-    def revive(self, ids: list[int], states: list[str], run_at: int, priority: int | None, attempts: int | None) -> None:
+    def revive(
+        self, ids: list[int], states: list[str], run_at: int, priority: int | None, attempts: int | None
+    ) -> None:
         for id in sorted(set(ids) & self.ended.keys()):
             state, job = self.ended[id]
             tries = job.attempts if attempts is None else attempts

@@ -28,8 +28,8 @@ EXAMPLES = int(os.environ.get("PGWORKER_MODEL_EXAMPLES", "0"))
 
 _SECOND = 1_000_000
 _LIVE = """
-select id, task_identifier, payload, (extract(epoch from run_at - %(start)s::timestamptz) * 1000000)::bigint, queue_name,
-       max_attempts, key, priority, coalesce(flags, '{}'), attempts, revision, locked_by,
+select id, task_identifier, payload, (extract(epoch from run_at - %(start)s::timestamptz) * 1000000)::bigint,
+       queue_name, max_attempts, key, priority, coalesce(flags, '{}'), attempts, revision, locked_by,
        exists (select from pgworker.job j where j.id = v.id and j.cancel_reason is not null)
 from pgworker.jobs v where finished_at is null order by id
 """
@@ -129,7 +129,8 @@ class Queue(RuleBasedStateMachine):
             {
                 "identifier": spec["task"], "payload": spec["payload"], "queue_name": spec["queue"],
                 "run_at": self._at(spec["delay"], self.model.now + 1_000), "max_attempts": spec["most"],
-                "job_key": spec["key"], "priority": spec["priority"], "flags": spec["flags"], "job_key_mode": spec["mode"],
+                "job_key": spec["key"], "priority": spec["priority"], "flags": spec["flags"],
+                "job_key_mode": spec["mode"],
             }
             for spec in specs
         ]  # fmt: skip
@@ -164,18 +165,18 @@ class Queue(RuleBasedStateMachine):
 
     @staticmethod
     def _only_the_cursor(conn: Conn) -> None:
-        """Rule out that a claim is right by luck, because it was time for a sweep: the cursor was swept just now, cheaply.
+        """Rule out that a claim is right by luck, as it was time for a sweep: there was one just now, and it was cheap.
 
         What remains are the sweeps that somebody asked for, by the epoch, and those of a claim that found nothing.
         """
-        row = conn.execute("select current_setting('pgworker.cursor', true)").fetchone()
+        row = conn.execute(
+            "select current_setting('pgworker.cursor', true), pgworker.cursor_at(clock_timestamp())"
+        ).fetchone()
         if row and row[0]:
-            numbers = row[0].split(" ")
-            numbers[3] = "0"
-            conn.execute(
-                "select set_config('pgworker.cursor', %s || ' ' || pgworker.cursor_at(clock_timestamp()) || ' ' || %s, false)",
-                [" ".join(numbers[:2]), " ".join(numbers[3:])],
-            )
+            numbers = row[0].partition("#")[0].split(" ")
+            numbers[2:4] = [str(row[1]), "0"]
+            text = " ".join(numbers)
+            conn.execute("select set_config('pgworker.cursor', %s || '#' || hashtext(%s), false)", [text, text])
 
     @rule(worker=picks, which=picks)
     def complete_job(self, worker: int, which: int) -> None:
@@ -239,7 +240,10 @@ class Queue(RuleBasedStateMachine):
         self.model.revive(ids, ["failed", "cancelled"], self.model.now, None, 0)
 
     @rule(
-        which=several, delay=delays, priority=st.sampled_from([None, None, -1, 1]), attempts=st.sampled_from([None, None, 0])
+        which=several,
+        delay=delays,
+        priority=st.sampled_from([None, None, -1, 1]),
+        attempts=st.sampled_from([None, None, 0]),
     )
     def reschedule_jobs(self, which: list[int], delay: int | None, priority: int | None, attempts: int | None) -> None:
         ids = self._of(sorted([*self.model.live, *self.model.ended]), which)
@@ -291,4 +295,4 @@ def test_no_history_of_calls_makes_it_differ_from_the_model(connect: Connections
         suppress_health_check=list(HealthCheck),
     )
     make: Callable[[], RuleBasedStateMachine] = lambda: Queue(connections)  # noqa: E731
-    run_state_machine_as_test(make, settings=profile)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(make, settings=profile)  # type: ignore[arg-type]

@@ -1,5 +1,4 @@
-"""Claims walk their index in its order and touch a handful of pages, whatever is in the table and whatever the statistics
-say."""
+"""Claims walk their index in its order and touch a handful of pages, whatever there is and whatever statistics say."""
 
 from __future__ import annotations
 

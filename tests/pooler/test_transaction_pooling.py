@@ -119,9 +119,7 @@ def test_workers_with_a_lease_run_every_job_once_through_a_pooler(bouncer: Bounc
         until(lambda: value(db, "select min(lease_until) from pgworker.worker") > moments[0], "both leases renewed")
         assert value(db, "select array_agg(id order by id) from pgworker.worker") == worker_ids
     expected = Counter(
-        (n, attempt)
-        for n in range(1, jobs + 1)
-        for attempt in ([1] if n % 77 == 0 or (n % 50 and n % 33) else [1, 2])
+        (n, attempt) for n in range(1, jobs + 1) for attempt in ([1] if n % 77 == 0 or (n % 50 and n % 33) else [1, 2])
     )
     assert Counter(runs) == expected
     assert value(db, "select count(*) from pgworker.jobs where state = 'failed'") == jobs // 77
@@ -140,19 +138,13 @@ def test_a_session_that_goes_from_hand_to_hand_mixes_up_nobodys_cursor(server: E
         ids: dict[int, tuple[str, bool]] = {}
         for n in range(120):
             task, slow = "ab"[n % 2], n % 3 == 0
-            job = value(
-                db, "select (pgworker.add_job(%s, flags => %s)).id", task, ["slow"] if slow else None
-            )
+            job = value(db, "select (pgworker.add_job(%s, flags => %s)).id", task, ["slow"] if slow else None)
             ids[job] = (task, slow)
         left = sorted(ids)
         for turn in range(70):
             who = turn % 3
             claimed = claim_ids(clients[who], workers[who], 2, **wants[who])
-            fits = [
-                job
-                for job in left
-                if (who != 1 or ids[job][0] == "a") and (who != 2 or not ids[job][1])
-            ]
+            fits = [job for job in left if (who != 1 or ids[job][0] == "a") and (who != 2 or not ids[job][1])]
             assert claimed == fits[:2]
             left = [job for job in left if job not in claimed]
             clients[who].execute(

@@ -23,6 +23,10 @@ TOO_FAR = [
     ("max_attempts", 2**31 - 1, "from 1 to 32767, got 2147483647"),
     ("priority", -32769, "from -32768 to 32767, got -32769"),
     ("priority", 32768, "from -32768 to 32767, got 32768"),
+    ("run_at", "infinity", "between the years 1 and 9999, got infinity"),
+    ("run_at", "-infinity", "between the years 1 and 9999, got -infinity"),
+    ("run_at", "10000-01-01 00:00+00", "between the years 1 and 9999, got 10000-01-01"),
+    ("run_at", "0044-03-15 00:00+00 BC", "between the years 1 and 9999, got 0044-03-15"),
     ("flags", [""], "without NULL or empty members"),
     ("flags", ["x", None], "without NULL or empty members"),
     ("job_key_mode", "", "one of replace, preserve_run_at, unsafe_dedupe, got ''"),
@@ -60,7 +64,7 @@ def _add_one(conn: Conn, name: str, given: Any) -> Row:
 
 @pytest.mark.parametrize(("name", "given", "says"), TOO_FAR, ids=_id)
 def test_add_job_refuses_what_is_out_of_its_limits(tx: Conn, name: str, given: Any, says: str) -> None:
-    with refused(tx, "22023", f"{name} must be ", says):
+    with refused(tx, "22023", f"{name} must ", says):
         _add_one(tx, name, given)
 
 
@@ -73,7 +77,7 @@ def test_no_overload_lets_a_limit_be_passed(tx: Conn, payload: str) -> None:
 @pytest.mark.parametrize(("name", "given", "says"), TOO_FAR, ids=_id)
 def test_add_jobs_refuses_the_same_and_says_in_which_spec(tx: Conn, name: str, given: Any, says: str) -> None:
     specs = [{"identifier": "fine", "job_key": "k"}, {"identifier": "a"} | {name: given}, {"identifier": "fine"}]
-    with refused(tx, "22023", f"specs[1].{name} must be ", says):
+    with refused(tx, "22023", f"specs[1].{name} must ", says):
         call(tx, "add_jobs", Jsonb(specs))
 
 
@@ -86,6 +90,13 @@ def test_add_job_takes_what_is_just_within(tx: Conn, name: str, given: Any) -> N
 def test_add_jobs_takes_what_is_just_within(tx: Conn, name: str, given: Any) -> None:
     (job,) = call(tx, "add_jobs", Jsonb([{"identifier": "a"} | {name: given}]))
     assert job[_COLUMNS.get(name, name)] == given
+
+
+@pytest.mark.parametrize("run_at", ["0001-01-03 00:00:00+00", "9999-12-30 23:59:59+00"])
+def test_the_first_and_the_last_times_that_every_client_can_read_are_taken(tx: Conn, run_at: str) -> None:
+    assert str(add(tx, run_at=run_at)["run_at"]).startswith(run_at[:10])
+    (job,) = call(tx, "add_jobs", Jsonb([{"identifier": "a", "run_at": run_at}]))
+    assert str(job["run_at"]).startswith(run_at[:10])
 
 
 def test_a_null_identifier_is_told_from_a_bad_one(tx: Conn) -> None:

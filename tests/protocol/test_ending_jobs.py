@@ -8,8 +8,23 @@ from typing import Any
 
 import pytest
 
-from tests.calling import FUTURE, PAST, Conn, add, call, claim, claim_ids, job_row, register, seen, value
+from tests.calling import (
+    FUTURE,
+    PAST,
+    Conn,
+    add,
+    call,
+    claim,
+    claim_ids,
+    job_row,
+    refused,
+    register,
+    seen,
+    state,
+    value,
+)
 from tests.clock import move_clock
+from tests.connections import Connections
 
 
 def claimed(conn: Conn, worker: int, **arguments: Any) -> int:
@@ -119,6 +134,14 @@ def test_a_retry_of_the_past_is_due_at_once(tx: Conn) -> None:
     assert [found["attempts"] for found in claim(tx, worker)] == [2]
 
 
+@pytest.mark.parametrize("retry_at", ["infinity", "-infinity", "10000-01-01 00:00+00"])
+def test_a_retry_at_a_time_that_no_client_can_read_is_refused(tx: Conn, retry_at: str) -> None:
+    worker = register(tx)
+    job = claimed(tx, worker)
+    with refused(tx, "22023", "retry_at must lie between the years 1 and 9999, got "):
+        call(tx, "fail_job", worker, job, "later", retry_at=retry_at)
+
+
 def test_a_permanent_failure_is_not_tried_again(tx: Conn) -> None:
     worker = register(tx)
     job = claimed(tx, worker)
@@ -212,18 +235,27 @@ def test_progress_is_seen_at_once_and_by_the_next_attempt(tx: Conn) -> None:
     assert seen(tx, job)["progress"] is None
 
 
-@pytest.mark.parametrize("state", ["completed", "failed", "cancelled"])
-def test_progress_is_kept_when_the_job_ends(tx: Conn, state: str) -> None:
+def test_progress_is_seen_from_another_session_while_the_job_runs(db: Conn, connect: Connections) -> None:
+    other = connect()
+    worker = register(db)
+    job = claimed(db, worker)
+    for progress in (1, 2):
+        call(db, "set_progress", worker, job, str(progress))
+        assert (state(other, job), seen(other, job)["progress"]) == ("running", progress)
+
+
+@pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])
+def test_progress_is_kept_when_the_job_ends(tx: Conn, end: str) -> None:
     worker = register(tx)
     job = claimed(tx, worker)
     call(tx, "set_progress", worker, job, '{"page": 3}')
-    if state == "completed":
+    if end == "completed":
         value(tx, "select pgworker.complete_job(%s, %s, '1')", worker, job)
-    elif state == "failed":
+    elif end == "failed":
         call(tx, "fail_job", worker, job, "it broke", permanent=True)
     else:
         call(tx, "cancel_job", worker, job)
-    assert (seen(tx, job)["state"], seen(tx, job)["progress"]) == (state, {"page": 3})
+    assert (seen(tx, job)["state"], seen(tx, job)["progress"]) == (end, {"page": 3})
 
 
 def test_without_children_there_is_nothing_to_wait_for(tx: Conn) -> None:

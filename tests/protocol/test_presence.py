@@ -126,14 +126,30 @@ def test_a_worker_may_hold_two_sessions_while_the_old_one_dies(db: Conn, connect
     assert call(second, "heartbeat", worker) == []
 
 
-def test_many_heartbeats_are_undone_by_one_goodbye(db: Conn, connect: Connections) -> None:
-    conn = connect()
-    worker = register(conn)
+PRESENCE = """
+select from pg_locks where pid = %s and locktype = 'advisory' and classid = 1886874482 and objid = %s and objsubid = 2
+"""
+
+
+def test_presence_is_one_session_lock_and_nothing_is_written_while_the_worker_lives(db: Conn) -> None:
+    worker = register(db)
+    assert len(rows(db, PRESENCE, db.info.backend_pid, worker)) == 1
+    before = rows(db, "select ctid, xmin from pgworker.worker")
     for _ in range(3):
-        call(conn, "heartbeat", worker)
-    call(conn, "unregister_worker", worker)
-    held = "select from pg_locks where pid = %s and locktype = 'advisory' and classid = 1886874482"
-    assert rows(db, held, conn.info.backend_pid) == []
+        call(db, "heartbeat", worker)
+        call(db, "maintain")
+        claim_ids(db, worker)
+    assert rows(db, "select ctid, xmin from pgworker.worker") == before
+    call(db, "unregister_worker", worker)  # one goodbye, however many heartbeats
+    assert rows(db, PRESENCE, db.info.backend_pid, worker) == []
+
+
+def test_a_worker_with_a_lease_leaves_no_lock_in_the_poolers_session(db: Conn) -> None:
+    worker = register(db, lease="1 minute")
+    call(db, "heartbeat", worker)
+    assert rows(db, PRESENCE, db.info.backend_pid, worker) == []
+    call(db, "unregister_worker", worker)
+    assert rows(db, "select from pg_locks where pid = %s and locktype = 'advisory'", db.info.backend_pid) == []
 
 
 def test_the_grace_is_an_option(db: Conn, connect: Connections) -> None:

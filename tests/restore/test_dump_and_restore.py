@@ -58,7 +58,7 @@ def _populate(conn: Conn) -> dict[str, int]:
         known[state] = job_in(conn, state, session, priority=-7)
         known[f"{state}, full"] = job_in(
             *(conn, state, leased),
-            payload='{"text": "\\u00fc \\\\ \\" \\n \\t $$ ''", "n": 1.50}',
+            payload='{"text": "\\u00fc \\\\ \\" \\n \\t $$ ", "n": 1.50}',
             queue_name=f"queue of {state}" if state != "stopping" else None,
             max_attempts=7,
             job_key=f"key\t{state}\\N",
@@ -108,8 +108,14 @@ def test_a_restored_database_is_the_dumped_one_and_goes_on(db: Conn, restored: R
     until(rescued, "the rescue of the jobs of both workers")
     assert_consistent(copy)
     states = {row["id"]: row["state"] for row in rows(copy, every_job)}
-    expected = {"running": "ready", "running, full": "ready", "running, last attempt": "failed",
-                "stopping": "cancelled", "stopping, full": "cancelled", "completed by hand": "completed"}
+    expected = {
+        "running": "ready",
+        "running, full": "ready",
+        "running, last attempt": "failed",
+        "stopping": "cancelled",
+        "stopping, full": "cancelled",
+        "completed by hand": "completed",
+    }
     for name in STATES:
         expected.setdefault(name, {"retrying": "scheduled"}.get(name, name))
     assert {name: states[known[name]] for name in expected} == expected
@@ -125,7 +131,9 @@ def test_a_restored_database_is_the_dumped_one_and_goes_on(db: Conn, restored: R
     call(copy, "resume_queue", "paused")
     call(copy, "resume_task", "paused")
     everything = assert_all_claimable(copy)
-    assert {known["in the paused queue"], known["of the paused task"], known["behind the running one"]} <= set(everything)
+    assert {known["in the paused queue"], known["of the paused task"], known["behind the running one"]} <= set(
+        everything
+    )
     # The original has noticed nothing of it.
     assert value(db, "select locked_by is not null from pgworker.job where id = %s", known["running"])
 
@@ -163,7 +171,9 @@ def test_a_dump_taken_while_workers_work_is_consistent(
             thread.join(20)
     assert not failed, failed
     assert_consistent(copy)
-    highest = value(copy, "select greatest((select max(id) from pgworker.job), (select max(id) from pgworker.finished))")
+    highest = value(
+        copy, "select greatest((select max(id) from pgworker.job), (select max(id) from pgworker.finished))"
+    )
     assert add(copy)["id"] > highest
     copy.execute("select pgworker.force_unlock_workers(array(select id from pgworker.worker))")
     assert_all_claimable(copy)
