@@ -14,7 +14,7 @@ SyncConnection = psycopg.Connection[tuple[Any, ...]]
 AsyncConnection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 #: Whatever a handler set, listened to or locked must not reach the next one. This is DISCARD ALL without DEALLOCATE ALL,
-#: because psycopg remembers which statements it has prepared, and without DISCARD PLANS, which would only cost time.
+#: because psycopg remembers what it has prepared, and without DISCARD PLANS, which would only cost time.
 _FORGET = (
     "close all; set session authorization default; reset all; unlisten *; "
     "select pg_advisory_unlock_all(); discard sequences; discard temp"
