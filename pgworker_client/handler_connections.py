@@ -13,7 +13,7 @@ from psycopg.rows import tuple_row
 SyncConnection = psycopg.Connection[tuple[Any, ...]]
 AsyncConnection = psycopg.AsyncConnection[tuple[Any, ...]]
 
-#: Whatever a handler set, listened to or locked must not reach the next one. This is DISCARD ALL without DEALLOCATE ALL,
+#: Whatever a handler set, listened to or locked must not reach the next one: DISCARD ALL, but without DEALLOCATE ALL,
 #: because psycopg remembers what it has prepared, and without DISCARD PLANS, which would only cost time.
 _FORGET = (
     "close all; set session authorization default; reset all; unlisten *; "

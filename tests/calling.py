@@ -59,11 +59,6 @@ def add(conn: Conn, identifier: str = "a", **arguments: Any) -> Row:
     return job
 
 
-def add_ids(conn: Conn, count: int, identifier: str = "a", **arguments: Any) -> list[int]:
-    """Add as many jobs, each in a call of its own, and return their ids."""
-    return [add(conn, identifier, **arguments)["id"] for _ in range(count)]
-
-
 def register(conn: Conn, name: str | None = None, lease: str | None = None) -> int:
     """Return the id of a new worker, present as long as the session is unless it has a lease."""
     worker: int = value(conn, "select pgworker.register_worker(%s, %s::interval)", name, lease)
