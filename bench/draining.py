@@ -53,7 +53,7 @@ def held(bench: Bench) -> None:
             side.install(bench.server)
         old = stack.enter_context(kept.connect(bench.server))
         old.execute("begin isolation level repeatable read")
-        old.execute("select count(*) from pg_class")  # not from the jobs: a lock on them would keep the rounds away
+        old.execute("select count(*) from pg_class")
         workers = {side.name: stack.enter_context(_workers(bench, side, 1)) for side in (free, kept)}
         for number in range(bench.sizes.rounds + bench.runs):
             for side in (free, kept):
@@ -79,10 +79,9 @@ def _drain(bench: Bench, side: Side, conn: psycopg.Connection[Any], processes: i
 
 
 def _round(bench: Bench, side: Side, workers: list[Child]) -> float:
-    """Add jobs and drain them, with workers that are there already; return jobs per second."""
+    """Add jobs, all seen at the same moment, and drain them with workers that are there; return jobs per second."""
     with side.connect(bench.server) as gate:
         gate.autocommit = False
-        gate.execute(f"lock table {side.table} in access exclusive mode")
         gate.execute(side.add, {"count": bench.sizes.jobs, "task": "noop"})
         return _time(bench, side, gate, workers)
 

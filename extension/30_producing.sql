@@ -21,9 +21,8 @@ begin
   if current_setting('pgworker.woken', true) = 'yes' then
     return;                                        -- once a transaction; the setting is local to it
   end if;
-  if pg_try_advisory_lock(1886874483, 0) then
-    perform pg_advisory_unlock(1886874483, 0);
-  else
+  -- Taken and let go in one expression, so that nothing can come between.
+  if not (case when pg_try_advisory_lock(1886874483, 0) then pg_advisory_unlock(1886874483, 0) else false end) then
     perform set_config('pgworker.woken', 'yes', true);
     perform pg_notify('pgworker', '');
   end if;

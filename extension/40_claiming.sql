@@ -23,8 +23,8 @@
 -- microseconds; turn and the last two are read by 45_queues.sql). It is only a hint: what it misses (a transaction that
 -- began before and committed after the cursor had passed, a row that was locked and rolled back, work given back) is
 -- found by a sweep, a claim from the very start. Sweeps happen when the epoch moved, when a claim finds nothing, and
--- every 250 ms, but not so often that more than a twentieth of the time goes into them (a tenth when there is a reason
--- to look).
+-- every 250 ms, but not so often that more than a twentieth of the time goes into them (a quarter when there is a reason
+-- to look: a moved epoch, or nothing found).
 --
 -- The planner must walk the claim indexes in their order whatever the statistics say, hence the settings of get_jobs:
 -- they hold for the plans made in it and in what it calls, which are kept for the session.
@@ -99,16 +99,19 @@ comment on function pgworker.claim_range(bigint, timestamptz, int, bigint, times
   'are now and which came last.';
 
 -- Whoever found nothing is taken to lie down until its next claim finds something, and shows it with an advisory lock
--- that wake() sees. pgworker.asleep only remembers that this session holds it; a rollback may forget that, and then the
--- session seems asleep until it ends: it costs needless notifications, nothing else.
+-- that wake() sees. pgworker.asleep only remembers that this session holds it, and unlike the lock a rollback undoes that:
+-- a session that rolls claims back may seem asleep when it is not (needless notifications) or not when it is (it finds work
+-- at its next poll).
 create function pgworker.rest(p_idle boolean) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_idle and coalesce(current_setting('pgworker.asleep', true), '') <> 'yes' then
-    perform pg_advisory_lock_shared(1886874483, 0);   -- waits, at most, for the moment that a producer holds it
-    perform set_config('pgworker.asleep', 'yes', false);
+    -- Tried, not waited for: a producer may be testing at this moment, and whoever found nothing looks again soon.
+    if pg_try_advisory_lock_shared(1886874483, 0) then
+      perform set_config('pgworker.asleep', 'yes', false);
+    end if;
   elsif not p_idle and current_setting('pgworker.asleep', true) = 'yes' then
     perform pg_advisory_unlock_shared(1886874483, 0);
     perform set_config('pgworker.asleep', '', false);
@@ -131,6 +134,7 @@ set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_now     constant timestamptz := pgworker.clock();
+  v_most    constant int := least(max_jobs, 1000000);
   v_flags   constant text[] := nullif(get_jobs.forbidden_flags, '{}');
   v_text    text := current_setting('pgworker.cursor', true);
   v_whose   constant bigint := (hashtext(concat_ws(' ', worker_id, tasks::text, '/', forbidden_flags::text))
@@ -176,12 +180,12 @@ begin
   else
     v_elapsed := pgworker.cursor_at(clock_timestamp()) - v_cursor[3];
     v_sweeps := v_elapsed < 0 or v_elapsed > greatest(250000, 20 * v_cursor[4])
-                or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 20000 or v_elapsed > 10 * v_cursor[4]));
+                or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 20000 or v_elapsed > 3 * v_cursor[4]));
   end if;
 
   loop
     v_started := clock_timestamp();
-    v_left := max_jobs;
+    v_left := v_most;
     v_tids := '{}';
 
     -- Two questions. Are there priorities in the gaps between those that this session knows? (Dead index entries of
@@ -218,7 +222,7 @@ begin
     end loop;
 
     if v_queues then
-      v_queued := pgworker.claim_queued(worker_id, v_now, max_jobs, tasks, v_flags, v_worker.paused, v_sweeps, v_cursor);
+      v_queued := pgworker.claim_queued(worker_id, v_now, v_most, tasks, v_flags, v_worker.paused, v_sweeps, v_cursor);
       v_cursor := v_queued.moved;
       v_tids := v_queued.tids;
       v_left := v_left - cardinality(v_tids);
@@ -251,7 +255,7 @@ begin
       v_cursor[3] := pgworker.cursor_at(clock_timestamp());
       v_cursor[2] := v_worker.epoch;
     end if;
-    exit when v_sweeps or v_left < max_jobs or not (v_cursor[4] < 5000 or v_elapsed > 10 * v_cursor[4]);
+    exit when v_sweeps or v_left < v_most or not (v_cursor[4] < 5000 or v_elapsed > 3 * v_cursor[4]);
     v_sweeps := true;                              -- nothing from the cursor on: look whether something lies behind it
   end loop;
 
@@ -259,8 +263,8 @@ begin
   v_text := array_to_string(v_cursor[1:1005], ' ');
   perform set_config('pgworker.cursor', v_text || '#' || hashtext(v_text), false);
   if v_worker.lease is null
-     and (v_left = max_jobs) is distinct from (coalesce(current_setting('pgworker.asleep', true), '') = 'yes') then
-    perform pgworker.rest(v_left = max_jobs);
+     and (v_left = v_most) is distinct from (coalesce(current_setting('pgworker.asleep', true), '') = 'yes') then
+    perform pgworker.rest(v_left = v_most);
   end if;
 
   return query

@@ -66,7 +66,7 @@ begin
   moved := p_cursor;
 
   if p_sweeps then
-    moved[5] := coalesce((select max(q.turn) from pgworker.queue q), moved[5]);
+    moved[5] := coalesce((select max(q.turn) from pgworker.queue q) + 4, moved[5]);   -- seen for good
     with recursive hop as (
       (select j.queue_name from pgworker.job j
        where j.queue_name > '' and not j.waiting order by j.queue_name limit 1)
@@ -87,7 +87,7 @@ begin
     select array_agg(q.name), coalesce(max(q.turn), moved[5]) into v_names, v_turn
     from pgworker.queue q
     where q.turn > greatest(moved[5] - 4, 0) and q.job_id is null and not q.paused;
-    moved[5] := v_turn;
+    moved[5] := greatest(v_turn, moved[5]);
     for k in 9 .. cardinality(moved) by 5 loop
       v_found := '{}';
       loop
@@ -129,12 +129,18 @@ begin
     select n.name, h.priority, h.run_at, h.id
     from (select distinct u.name from unnest(v_names) as u(name)) as n
     cross join lateral (
-      select j.priority, j.run_at, j.id from pgworker.job j
-      where j.queue_name = n.name and j.queue_name > '' and not j.waiting and j.run_at <= p_now and j.locked_by is null
-        and (p_tasks is null or j.task_identifier = any (p_tasks))
-        and (p_paused is null or j.task_identifier <> all (p_paused))
-        and (p_flags is null or j.flags is null or not j.flags && p_flags)
-      order by j.priority, j.run_at, j.id limit 1) as h
+      -- by priority, so that jobs of the future are not walked over
+      select q.priority, q.run_at, q.id
+      from generate_series(6, cardinality(p_cursor), 5) as g(n)
+      cross join lateral (
+        select j.priority, j.run_at, j.id from pgworker.job j
+        where j.queue_name = n.name and j.queue_name > '' and not j.waiting
+          and j.priority = p_cursor[g.n] and j.run_at <= p_now and j.locked_by is null
+          and (p_tasks is null or j.task_identifier = any (p_tasks))
+          and (p_paused is null or j.task_identifier <> all (p_paused))
+          and (p_flags is null or j.flags is null or not j.flags && p_flags)
+        order by j.run_at, j.id limit 1) as q
+      limit 1) as h
   ), other as (
     select o.priority, o.run_at, o.id
     from generate_series(6, cardinality(p_cursor), 5) as g(n)
@@ -181,13 +187,18 @@ begin
       select f.name, h.id
       from unnest(v_free) as f(name)
       cross join lateral (
-        select j.id from pgworker.job j
-        where j.queue_name = f.name and j.queue_name > '' and not j.waiting and j.run_at <= p_now and j.locked_by is null
-          and (p_tasks is null or j.task_identifier = any (p_tasks))
-          and (p_paused is null or j.task_identifier <> all (p_paused))
-          and (p_flags is null or j.flags is null or not j.flags && p_flags)
-        order by j.priority, j.run_at, j.id limit 1
-        for update skip locked) as h
+        select q.id
+        from generate_series(6, cardinality(p_cursor), 5) as g(n)
+        cross join lateral (
+          select j.id from pgworker.job j
+          where j.queue_name = f.name and j.queue_name > '' and not j.waiting
+            and j.priority = p_cursor[g.n] and j.run_at <= p_now and j.locked_by is null
+            and (p_tasks is null or j.task_identifier = any (p_tasks))
+            and (p_paused is null or j.task_identifier <> all (p_paused))
+            and (p_flags is null or j.flags is null or not j.flags && p_flags)
+          order by j.run_at, j.id limit 1
+          for update skip locked) as q
+        limit 1) as h
     ), claimed as (
       update pgworker.job j
       set locked_at = p_now, locked_by = p_worker_id, attempts = j.attempts + 1
@@ -247,9 +258,25 @@ begin
   from freed f
   where q.name = f.name and q.job_id = f.job_id;
   -- The caller will claim next, but perhaps not this task.
-  if exists (select from unnest(p_names) as f(name)
-             join pgworker.job j on j.queue_name = f.name and j.queue_name > '' and not j.waiting
-             where j.locked_by is null and j.run_at <= pgworker.clock()) then
+  -- From priority to priority, so that jobs of the future are not walked over.
+  if exists (
+    select from unnest(p_names) as f(name)
+    cross join lateral (
+      with recursive hop as (
+        (select j.priority from pgworker.job j
+         where j.queue_name = f.name and j.queue_name > '' and not j.waiting order by j.priority limit 1)
+        union all
+        select (select j.priority from pgworker.job j
+                where j.queue_name = f.name and j.queue_name > '' and not j.waiting and j.priority > h.priority
+                order by j.priority limit 1)
+        from hop h where h.priority is not null
+      )
+      select h.priority from hop h where h.priority is not null
+    ) as p
+    where exists (select from pgworker.job j
+                  where j.queue_name = f.name and j.queue_name > '' and not j.waiting and j.priority = p.priority
+                    and j.run_at <= pgworker.clock() and j.locked_by is null)
+  ) then
     perform pgworker.wake();
   end if;
 end

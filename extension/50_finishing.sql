@@ -2,12 +2,13 @@
 --
 --   finish         the one way out of job: into finished, or into nothing
 --   retry_later    a failed attempt goes back, behind
---   held           which of these jobs a worker still holds
+--   not_held       the error for who holds a job no more
+--   lock_held      one job that a worker holds
 --   complete_job, fail_job, cancel_job, finish_jobs, release_jobs, set_progress, wait_for_children
 --
 -- Fence: only the worker that holds a job (locked_by) can end it; a caller that also names the attempt (as claimed) is
 -- protected against its own past.
--- Locks: job rows by id, then queue rows by name. Nothing waits while it holds a queue.
+-- Locks: job rows by id, then queue rows by name; who holds a queue row waits for nobody that waits for it.
 
 -- Moves jobs out of the live table. States and errors are given one per job, or one for all. What is kept, and for how
 -- long: failed and cancelled jobs 30 days, completed ones one day if they have a result, belong to a tree or were ended
@@ -130,6 +131,7 @@ declare
   v_failed    constant bigint[] := coalesce(finish_jobs.failed, '{}');
   v_attempts  constant int[] := finish_jobs.attempts;
   v_done      bigint[] := array[]::bigint[];
+  v_left      bigint[];
   v_names     text[];
   v_queued    bigint[];
   v_ids       bigint[] := array[]::bigint[];
@@ -144,6 +146,14 @@ begin
       message = format('attempts must name one attempt per job: %s for %s completed and %s failed',
                        cardinality(v_attempts), cardinality(v_completed), cardinality(v_failed)),
       hint = 'Give the attempts of the completed jobs, then those of the failed ones, or null.';
+  end if;
+
+  -- What does not all go in the one delete below is locked first, in the order of ids: what failed, and what somebody has
+  -- asked to stop (cancel_jobs, which holds the one while it waits for the other, has left a notice).
+  if cardinality(v_failed) > 0 or exists (select from pgworker.notice n where n.worker_id = finish_jobs.worker_id) then
+    perform from pgworker.job j
+    where j.id = any (v_completed || v_failed) and j.locked_by = finish_jobs.worker_id
+    order by j.id for update;
   end if;
 
   -- Most jobs end like this: completed, no result, no tree, nobody asked them to stop. One delete, nothing kept.
@@ -167,10 +177,11 @@ begin
 
   if cardinality(v_done) < cardinality(v_completed) or cardinality(v_failed) > 0 then
     -- What is left, locked in the order of ids and sorted by what becomes of it.
+    v_left := array(select u.id from unnest(v_completed) as u(id) except select d.id from unnest(v_done) as d(id));
     with ended as materialized (
       select u.id, u.attempt, u.result, true as success, null::text as error
       from unnest(v_completed, v_attempts[1:cardinality(v_completed)], finish_jobs.results) as u(id, attempt, result)
-      where cardinality(v_done) < cardinality(v_completed) and u.id <> all (v_done)
+      where cardinality(v_done) = 0 or u.id = any (v_left)
       union all
       select u.id, u.attempt, null, false, coalesce(u.error, 'failed')
       from unnest(v_failed, v_attempts[cardinality(v_completed) + 1:], finish_jobs.errors) as u(id, attempt, error)
@@ -329,17 +340,32 @@ comment on function pgworker.cancel_job(bigint, bigint, text, int) is
   'Ends a job that this worker holds as cancelled: its handler decided that it is not to be run. Raises PW001 if the '
   'worker does not hold it.';
 
-create function pgworker.release_jobs(worker_id bigint, job_ids bigint[]) returns void
+create function pgworker.release_jobs(worker_id bigint, job_ids bigint[], attempts int[] default null) returns void
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 begin
-  perform pgworker.give_back(array[release_jobs.worker_id], coalesce(release_jobs.job_ids, '{}'), true, null);
+  if cardinality(release_jobs.attempts) <> cardinality(release_jobs.job_ids) then
+    raise exception using errcode = '22023',
+      message = format('attempts must name one attempt per job: %s for %s jobs', cardinality(release_jobs.attempts),
+                       cardinality(release_jobs.job_ids)),
+      hint = 'Give the attempts as claimed, in the order of job_ids, or null.';
+  end if;
+  perform pgworker.give_back(
+    array[release_jobs.worker_id],
+    array(select j.id
+          from unnest(release_jobs.job_ids, release_jobs.attempts) as r(id, attempt)
+          join pgworker.job j on j.id = r.id and j.locked_by = release_jobs.worker_id
+          where r.attempt is null or j.attempts = r.attempt
+          order by j.id for update of j),
+    true, null);
 end
 $$;
-comment on function pgworker.release_jobs(bigint, bigint[]) is
-  'Gives jobs that were claimed and not started back, with their attempt; ids that this worker does not hold are passed '
-  'over.';
+comment on function pgworker.release_jobs(bigint, bigint[], int[]) is
+  'Gives jobs that were claimed and not started back, with their attempt; what this worker does not hold, or not in the '
+  'attempt that attempts names (as claimed), is passed over.';
 
 create function pgworker.set_progress(worker_id bigint, job_id bigint, value jsonb) returns void
 language plpgsql volatile parallel unsafe security definer

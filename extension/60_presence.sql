@@ -6,6 +6,7 @@
 --   unregister_worker   it goes
 --   held_jobs           what it holds, if it has lost count
 --   give_back           its jobs go back, whatever the reason
+--   forget_workers      workers that hold nothing any more
 --   maintain            notices who has died, and prunes
 --
 -- A worker without a lease is present while some session holds the advisory lock (1886874482, low 31 bits of its id): it
@@ -44,8 +45,8 @@ declare
   v_now constant timestamptz := pgworker.clock();
   v_id  bigint;
 begin
-  if lease <= interval '0' then
-    raise exception using errcode = '22023', message = format('lease must be longer than nothing, got %s', lease),
+  if lease not between interval '1 microsecond' and interval '10 years' then
+    raise exception using errcode = '22023', message = format('lease must be longer than nothing and at most 10 years, got %s', lease),
       hint = 'Give an interval such as 30 seconds and call heartbeat() well within it, or null for presence by session.';
   end if;
   insert into pgworker.worker as w (name, lease, lease_until, registered_at)
@@ -87,9 +88,11 @@ begin
   if not exists (select from pgworker.notice n where n.worker_id = heartbeat.worker_id) then
     return;
   end if;
+  -- Said no more: to stop a job that it has ended, and that it lost one which it has claimed anew since.
   delete from pgworker.notice n
-  where n.worker_id = heartbeat.worker_id and n.notice = 'cancel'
-    and not exists (select from pgworker.job j where j.id = n.job_id and j.locked_by = heartbeat.worker_id);
+  where n.worker_id = heartbeat.worker_id
+    and (n.notice = 'lost') = exists (select from pgworker.job j
+                                      where j.id = n.job_id and j.locked_by = heartbeat.worker_id);
   return query
   select n.job_id, n.notice from pgworker.notice n where n.worker_id = heartbeat.worker_id order by n.job_id;
   delete from pgworker.notice n where n.worker_id = heartbeat.worker_id and n.notice = 'lost';
@@ -103,11 +106,14 @@ comment on function pgworker.heartbeat(bigint) is
 -- started or was stopped in good order. Otherwise a job whose attempts are used up fails with what happened to its worker
 -- (p_reason). Returns the ids.
 -- There is no index on locked_by (claims could not be HOT), so giving all back reads the live table once: it happens when
--- a worker has died or says goodbye. All rows are locked in one go, by id, whichever worker they belong to.
+-- a worker has died or says goodbye. All rows are locked in one go, by id, whichever worker they belong to; rows that
+-- somebody else holds at this moment are left, and with them the worker, for the next maintain(): nobody's rescue waits
+-- for another transaction.
 create function pgworker.give_back(p_worker_ids bigint[], p_job_ids bigint[], p_refund boolean, p_reason text)
 returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 set jit = off
 as $$
 declare
@@ -119,7 +125,8 @@ declare
   v_queued bigint[];
 begin
   if p_job_ids is null then
-    v_ids := array(select j.id from pgworker.job j where j.locked_by = any (p_worker_ids) order by j.id for update);
+    v_ids := array(select j.id from pgworker.job j where j.locked_by = any (p_worker_ids)
+                   order by j.id for update skip locked);
   else
     v_ids := array(select j.id from pgworker.job j where j.id = any (p_job_ids) and j.locked_by = any (p_worker_ids)
                    order by j.id for update);
@@ -175,6 +182,24 @@ comment on function pgworker.held_jobs(bigint) is
   'The jobs that a worker holds, with their attempts: for a worker whose connection broke under a claim. Reads the whole '
   'live table.';
 
+create function pgworker.forget_workers(p_worker_ids bigint[]) returns boolean
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set jit = off
+as $$
+declare
+  v_gone bigint[];
+begin
+  v_gone := array(select w.id from unnest(p_worker_ids) as w(id)
+                  except select j.locked_by from pgworker.job j where j.locked_by = any (p_worker_ids));
+  delete from pgworker.notice n where n.worker_id = any (v_gone);
+  delete from pgworker.worker w where w.id = any (v_gone);
+  return cardinality(v_gone) = cardinality(p_worker_ids);
+end
+$$;
+comment on function pgworker.forget_workers(bigint[]) is
+  'Internal: removes those of these workers that hold nothing any more; true if all are gone.';
+
 create function pgworker.unregister_worker(worker_id bigint) returns void
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
@@ -189,8 +214,9 @@ begin
       hint = 'It was unregistered before, or was gone for too long; nothing is left to be done.';
   end if;
   perform pgworker.give_back(array[unregister_worker.worker_id], null, true, null);
-  delete from pgworker.notice n where n.worker_id = unregister_worker.worker_id;
-  delete from pgworker.worker w where w.id = unregister_worker.worker_id;
+  if not pgworker.forget_workers(array[unregister_worker.worker_id]) then
+    update pgworker.worker w set lease_until = pgworker.clock() where w.id = unregister_worker.worker_id;
+  end if;
   if v_lease is null and exists (
        select from pg_catalog.pg_locks l
        where l.locktype = 'advisory' and l.classid = 1886874482 and l.objsubid = 2 and l.granted
@@ -213,6 +239,7 @@ declare
   v_worker record;
   v_dead   bigint[] := array[]::bigint[];
   v_next   interval := interval '1 second';
+  v_pruned bigint;
 begin
   -- One at a time is enough; the others have nothing to add.
   if not pg_try_advisory_xact_lock(1886874483, 1) then
@@ -256,13 +283,16 @@ begin
 
   if cardinality(v_dead) > 0 then
     perform pgworker.give_back(v_dead, null, false, 'vanished while it ran this job');
-    delete from pgworker.notice n where n.worker_id = any (v_dead);
-    delete from pgworker.worker w where w.id = any (v_dead);
+    perform pgworker.forget_workers(v_dead);
   end if;
 
   delete from pgworker.finished f
   where f.id in (select o.id from pgworker.finished o where o.keep_until < v_now
                  order by o.keep_until limit 1000 for update skip locked);
+  get diagnostics v_pruned = row_count;
+  if v_pruned = 1000 then
+    v_next := interval '0';
+  end if;
   return greatest(v_next, interval '10 milliseconds');
 end
 $$;

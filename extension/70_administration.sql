@@ -11,6 +11,8 @@
 create function pgworker.lock_pending(p_ids bigint[]) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 begin
   return array(select j.id from pgworker.job j where j.id = any (p_ids) and j.locked_by is null order by j.id for update);
@@ -21,6 +23,8 @@ comment on function pgworker.lock_pending(bigint[]) is 'Internal: locks those of
 create function pgworker.complete_jobs(job_ids bigint[]) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_ids    constant bigint[] := pgworker.lock_pending(complete_jobs.job_ids);
@@ -63,6 +67,8 @@ create function pgworker.revive(
 ) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_ids   bigint[];
@@ -100,6 +106,8 @@ create function pgworker.reschedule_jobs(
 ) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_invalid text;
@@ -172,6 +180,8 @@ comment on function pgworker.retry_jobs(bigint[]) is
 create function pgworker.cancel_jobs(job_ids bigint[], reason text default null) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_reason  constant text := coalesce(cancel_jobs.reason, 'cancelled');
@@ -248,6 +258,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform pgworker.refuse_name('name', pause_queue.name);
+  -- As claims do before they make a queue's row (45_queues.sql): they must not come to wait for our commit.
+  perform pg_advisory_xact_lock(1886874484, hashtext(pause_queue.name));
   insert into pgworker.queue as q (name, paused) values (pause_queue.name, true)
   on conflict on constraint queue_pkey do update set paused = true;
 end

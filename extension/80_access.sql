@@ -33,7 +33,7 @@ begin
     'pgworker.fail_job(bigint, bigint, text, timestamptz, boolean, jsonb, int), '
     'pgworker.cancel_job(bigint, bigint, text, int), '
     'pgworker.finish_jobs(bigint, bigint[], jsonb[], bigint[], text[], int[]), '
-    'pgworker.release_jobs(bigint, bigint[]), pgworker.set_progress(bigint, bigint, jsonb), '
+    'pgworker.release_jobs(bigint, bigint[], int[]), pgworker.set_progress(bigint, bigint, jsonb), '
     'pgworker.wait_for_children(bigint, bigint), pgworker.heartbeat(bigint), pgworker.held_jobs(bigint), '
     'pgworker.unregister_worker(bigint), '
     'pgworker.maintain(), pgworker.next_run_at(text[]) to %s', role);

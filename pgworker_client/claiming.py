@@ -21,7 +21,8 @@ from pgworker_client.settings import Settings, text_array
 
 _CLAIM = f"select {CLAIM_COLUMNS} from pgworker.get_jobs(%s::bigint, %s::int, %s::text[], %s::text[])"
 _NEXT = "select extract(epoch from pgworker.next_run_at(%s::text[]) - clock_timestamp())::float8"
-_HELD = "select job_id from pgworker.held_jobs(%s)"
+_HELD = "select job_id, attempts from pgworker.held_jobs(%s)"
+_FORGET = "select set_config('pgworker.cursor', '', false)"
 
 #: After a claim that found nothing the database is asked again so many seconds later: a producer that looked just
 #: before us whether anybody sleeps, and committed just after, told nobody. Then the poll interval takes over.
@@ -88,6 +89,7 @@ class Claimer:
     async def run(self, *, once: bool) -> None:
         """Claim until closed, or with ``once`` until nothing is due and everything that ran is reported."""
         fruitless = 0
+        certain = False
         while not self._closing:
             self._wakened.clear()
             await self._reconcile()
@@ -108,12 +110,24 @@ class Claimer:
                     await asyncio.sleep(0)  # a few jobs: let them start before the next claim is sent
             elif rows is not None:
                 if once and settled:
-                    return
+                    # Nothing from the session's cursor on. Only without a cursor it is certain that nothing is due.
+                    if certain:
+                        return
+                    certain = await self._forget_cursor()
+                    continue
                 await self._sleep(fruitless)
                 fruitless = 0 if self._hinted else fruitless + 1
 
     def _told_to_close(self) -> bool:
         return self._closing
+
+    async def _forget_cursor(self) -> bool:
+        """Make the next claim look at everything; false if the database could not be told."""
+        try:
+            await self._link.fetch(_FORGET)
+        except LinkDown:
+            return False
+        return True
 
     def _wanted(self) -> int:
         """How many jobs to claim now."""
@@ -187,14 +201,14 @@ class Claimer:
         del self._reconcile_at[0]
         known = self._known()
         try:
-            held = {row[0] for row in await self._link.fetch(_HELD, (self._finisher.outbox.worker_id,))}
+            held = dict(await self._link.fetch(_HELD, (self._finisher.outbox.worker_id,)))
         except LinkDown:
             self._reconcile_at.insert(0, time.monotonic())
             return
-        unknown = held - known - self._known()
+        unknown = held.keys() - known - self._known()
         if unknown:
             self._log.warning("%d jobs were claimed as the connection broke; they go back", len(unknown))
-            self._finisher.outbox.release([(job_id, "", "", 0) for job_id in unknown])
+            self._finisher.outbox.release([(job_id, "", "", held[job_id]) for job_id in unknown])
             self._finisher.wake()
 
     def _known(self) -> set[int]:

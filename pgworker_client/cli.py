@@ -54,8 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _reason(exc: Exception) -> str:
     """One line; a hint of the database is part of it."""
-    hint = exc.diag.message_hint if isinstance(exc, psycopg.Error) else None
-    return " ".join(str(exc).split()) + (f" ({hint})" if hint else "") or one_line(exc)
+    if not isinstance(exc, psycopg.Error) or exc.diag.message_primary is None:
+        return " ".join(str(exc).split()) or one_line(exc)
+    hint = exc.diag.message_hint
+    if exc.sqlstate in ("3F000", "42P01", "42883"):
+        hint = "no pgworker in this database: run `pgworker install` or CREATE EXTENSION pgworker"
+    return exc.diag.message_primary + (f" ({hint})" if hint else "")
 
 
 def _parser() -> argparse.ArgumentParser:

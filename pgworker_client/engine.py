@@ -202,8 +202,11 @@ class Engine:
 
     def _notice(self, job_id: int, notice: str) -> None:
         row = self._feed.take(job_id)
-        if row is not None and notice == "cancel":
-            self._finisher.outbox.cancel(row, None)
+        if row is not None:
+            if notice == "cancel":
+                self._finisher.outbox.cancel(row, None)
+            else:  # if it is ours after all, claimed again since, it must not stay with us unknown
+                self._finisher.outbox.release([row])
             self._finisher.wake()
         for runner in self._runners:
             if runner.job_id == job_id:

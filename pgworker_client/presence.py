@@ -20,6 +20,8 @@ from pgworker_client.settings import Settings
 PROTOCOL = 1
 
 _CHANNEL = "pgworker"
+#: Seconds that the farewell may take.
+_LEAVE = 5.0
 _HEARTBEAT = "select job_id, notice from pgworker.heartbeat(%s)"
 _BEAT = 1.0
 
@@ -98,8 +100,9 @@ class Presence:
             return
         self.link.stop_trying()
         try:
-            await self.link.fetch("select pgworker.unregister_worker(%s)", (self.worker_id,))
-        except (psycopg.Error, LinkDown) as exc:
+            async with asyncio.timeout(_LEAVE):
+                await self.link.fetch("select pgworker.unregister_worker(%s)", (self.worker_id,))
+        except (psycopg.Error, LinkDown, TimeoutError) as exc:
             self._log.info("could not unregister (%s); the database will notice", one_line(exc))
         self.worker_id = None
 

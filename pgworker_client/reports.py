@@ -157,14 +157,14 @@ class Cancelled:
 
 @dataclasses.dataclass(slots=True)
 class Released:
-    """Jobs that were not started, or were interrupted by a stop: back, with their attempt."""
+    """Jobs that were not started, or were interrupted by a stop or as lost: back, with their attempt."""
 
     given_back: list[Row]
 
-    QUERY = "select null::bigint, null::text from pgworker.release_jobs(%s, %s::bigint[])"
+    QUERY = "select null::bigint, null::text from pgworker.release_jobs(%s, %s::bigint[], %s::int[])"
 
     def params(self, worker_id: int) -> tuple[Any, ...]:
-        return worker_id, "{" + _numbers(self.given_back, ID) + "}"
+        return worker_id, "{" + _numbers(self.given_back, ID) + "}", "{" + _numbers(self.given_back, ATTEMPTS) + "}"
 
     def rows(self) -> list[Row]:
         return self.given_back

@@ -168,11 +168,11 @@ class Runner:
 
     def _returned(self, row: Row, ctx: Context, outbox: Outbox, result: Any) -> None:
         self._uncancel(ctx)
-        if ctx.ended or ctx.fate == "lost":
+        if ctx.ended:
             return
-        if ctx.fate == "stop":
-            # Whether it returned because it was told to stop or because it was done cannot be known, and running a job
-            # twice is allowed, losing it is not.
+        if ctx.fate in ("lost", "stop"):
+            # Stopped: whether it returned because it was told to stop or because it was done cannot be known, and
+            # running a job twice is allowed, losing it is not. Lost: the attempt tells the database whether it is.
             outbox.release([row])
             return
         try:
@@ -211,6 +211,7 @@ class Runner:
                 ctx.logger.error("raised after its transaction had completed the job; it stays completed", exc_info=exc)
         elif ctx.fate == "lost" or isinstance(exc, JobLost):
             ctx.logger.warning("the job was lost while it ran; its outcome is dropped")
+            outbox.release([row])
         elif isinstance(exc, Cancel):
             outbox.cancel(row, exc.reason)
         elif isinstance(exc, (Retry, Fail)):

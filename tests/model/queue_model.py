@@ -89,7 +89,7 @@ class Model:
         return None
 
     def revive(
-        self, ids: list[int], states: list[str], run_at: int, priority: int | None, attempts: int | None
+        self, ids: list[int], states: list[str], run_at: int | None, priority: int | None, attempts: int | None
     ) -> None:
         for id in sorted(set(ids) & self.ended.keys()):
             state, job = self.ended[id]
@@ -98,4 +98,5 @@ class Model:
                 del self.ended[id]
                 key = None if job.key in {other.key for other in self.live.values()} else job.key
                 level = job.priority if priority is None else priority
-                self.live[id] = replace(job, run_at=run_at, priority=level, attempts=tries, key=key)
+                at = job.run_at if run_at is None else run_at
+                self.live[id] = replace(job, run_at=at, priority=level, attempts=tries, key=key)
