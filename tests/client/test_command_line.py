@@ -315,7 +315,7 @@ def test_a_dead_part_is_status_1_with_the_reason(spawn: Spawn, db: Db, tmp_path:
     write_task(tmp_path / "tasks", "echo", ECHO)
     process = spawn("run", "--tasks", "tasks", "--poll-interval", "0.05")
     until_row(db, "select 1 from pgworker.worker")
-    db.execute("alter function pgworker.get_jobs rename to gone")
+    db.execute("alter function pgworker.get_jobs set schema public")
     status, _, err = ended(process)
     assert status == 1
     assert err.splitlines()[-1].startswith("pgworker: claim died: UndefinedFunction: function pgworker.get_jobs")

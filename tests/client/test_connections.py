@@ -237,7 +237,7 @@ def test_a_part_that_dies_ends_the_worker_with_the_reason(
     worker, _ = echoing(dsn, poll_interval=0.05)
     background = start(worker)
     until_row(db, "select 1 from pgworker.worker")
-    db.execute(f"alter function pgworker.{function} rename to gone")
+    db.execute(f"alter function pgworker.{function} set schema public")
     db.execute("select pgworker.add_job('t')")
     until(lambda: background.ended, "the worker ended")
     assert isinstance(background.error, WorkerFailed)
