@@ -10,8 +10,10 @@
 --   setting     options of this installation
 --   jobs        the public view over job and finished
 --
--- Functions that look jobs up by key pin enable_seqscan = off: a session keeps its plans, and one that was made while the
--- table was empty must not read all of it when it has grown.
+-- A session keeps its plans, and one that was made while the table was empty, or while statistics said so (after an analyze
+-- under a long transaction, for example), must not read all of it later. So functions that look rows up pin
+-- enable_seqscan = off, and where many are looked up, the look-up is a lateral subquery with OFFSET 0, which the planner can
+-- neither turn round nor flatten: once per id, by index.
 -- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel.
 -- Row order of lock taking everywhere: job rows by id, then queue rows by name, then worker rows by id.
 
@@ -224,7 +226,7 @@ begin
   return query
   select v.*
   from unnest(p_ids) with ordinality as u(id, n)
-  join pgworker.jobs v on v.id = u.id
+  cross join lateral (select o.* from pgworker.jobs o where o.id = u.id offset 0) as v
   order by u.n;
 end
 $$;

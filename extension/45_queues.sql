@@ -184,13 +184,13 @@ begin
                                         for update skip locked) as q
                     order by h.n limit v_wanted);
     with head as materialized (
-      select f.name, h.id
+      select f.name, h.tid, h.id
       from unnest(v_free) as f(name)
       cross join lateral (
-        select q.id
+        select q.tid, q.id
         from generate_series(6, cardinality(p_cursor), 5) as g(n)
         cross join lateral (
-          select j.id from pgworker.job j
+          select j.ctid as tid, j.id from pgworker.job j
           where j.queue_name = f.name and j.queue_name > '' and not j.waiting
             and j.priority = p_cursor[g.n] and j.run_at <= p_now and j.locked_by is null
             and (p_tasks is null or j.task_identifier = any (p_tasks))
@@ -203,13 +203,15 @@ begin
       update pgworker.job j
       set locked_at = p_now, locked_by = p_worker_id, attempts = j.attempts + 1
       from head h
-      where j.id = h.id
+      where j.ctid = h.tid
       returning j.ctid as tid, j.id
     ), taken as (
-      update pgworker.queue q set job_id = c.id
-      from claimed c
-      join head h on h.id = c.id
-      where q.name = h.name
+      update pgworker.queue q set job_id = t.id
+      from (select c.id, l.tid
+            from claimed c
+            join head h on h.id = c.id
+            cross join lateral (select o.ctid as tid from pgworker.queue o where o.name = h.name offset 0) as l) as t
+      where q.ctid = t.tid
       returning q.name
     )
     select coalesce((select array_agg(c.tid) from claimed c), '{}'), array(select t.name from taken t)
@@ -251,12 +253,8 @@ begin
     return;
   end if;
   v_turn := nextval('pgworker.turn');
-  with freed as materialized (
-    select f.name, f.job_id from unnest(p_names, p_job_ids) as f(name, job_id) order by f.name
-  )
   update pgworker.queue q set job_id = null, turn = v_turn
-  from freed f
-  where q.name = f.name and q.job_id = f.job_id;
+  where q.name = any (p_names) and q.job_id = any (p_job_ids);
   -- The caller will claim next, but perhaps not this task.
   -- From priority to priority, so that jobs of the future are not walked over.
   if exists (

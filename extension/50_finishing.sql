@@ -34,8 +34,10 @@ begin
     order by e.id
   ), gone as (
     delete from pgworker.job j
-    using ending e
-    where j.id = e.id
+    using (select l.tid, e.state, e.error, e.result
+           from ending e
+           cross join lateral (select o.ctid as tid from pgworker.job o where o.id = e.id offset 0) as l) as e
+    where j.ctid = e.tid
     returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, j.revision, j.priority, j.attempts, j.max_attempts,
               e.state, j.task_identifier, j.payload, j.queue_name, j.key, j.flags,
               coalesce(e.error, j.last_error) as last_error, j.progress, e.result, j.name, j.on_failure, j.locked_by
@@ -81,8 +83,10 @@ begin
     set locked_at = null, locked_by = null, last_error = f.error,
         run_at = coalesce(p_retry_at, greatest(v_now, j.run_at) + exp(least(j.attempts, 10)) * interval '1 second'),
         payload = coalesce(p_payload, j.payload)
-    from failed f
-    where j.id = f.id
+    from (select l.tid, f.error
+          from failed f
+          cross join lateral (select o.ctid as tid from pgworker.job o where o.id = f.id offset 0) as l) as f
+    where j.ctid = f.tid
     returning j.id, j.queue_name, j.run_at
   )
   select array_agg(b.queue_name) filter (where b.queue_name is not null),
@@ -162,10 +166,16 @@ begin
       select u.id, u.attempt from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
       order by u.id
     ), gone as (
+      -- A row that somebody changes at this moment has another place by then; it is left for the careful way below.
       delete from pgworker.job j
-      using ending e
-      where j.id = e.id and j.locked_by = finish_jobs.worker_id and (e.attempt is null or j.attempts = e.attempt)
-        and j.cancel_reason is null and j.root_id is null
+      using (select l.tid
+             from ending e
+             cross join lateral (
+               select o.ctid as tid from pgworker.job o
+               where o.id = e.id and o.locked_by = finish_jobs.worker_id and (e.attempt is null or o.attempts = e.attempt)
+                 and o.cancel_reason is null and o.root_id is null
+               offset 0) as l) as e
+      where j.ctid = e.tid
       returning j.id, j.queue_name
     )
     select coalesce(array_agg(g.id), '{}'), array_agg(g.queue_name) filter (where g.queue_name is not null),
@@ -190,12 +200,12 @@ begin
       where e.id is not null
       order by e.id, e.success desc
     ), locked as materialized (
-      select j.id, e.result, e.success, e.error, j.cancel_reason, j.attempts < j.max_attempts as again
+      select l.id, e.result, e.success, e.error, l.cancel_reason, l.again
       from unique_ended e
-      join pgworker.job j on j.id = e.id
-      where j.locked_by = finish_jobs.worker_id and (e.attempt is null or j.attempts = e.attempt)
-      order by j.id
-      for update of j
+      cross join lateral (
+        select j.id, j.cancel_reason, j.attempts < j.max_attempts as again from pgworker.job j
+        where j.id = e.id and j.locked_by = finish_jobs.worker_id and (e.attempt is null or j.attempts = e.attempt)
+        for update) as l
     )
     select coalesce(array_agg(l.id) filter (where f.over), '{}'),
            array_agg(case when l.cancel_reason is not null then 'cancelled' when l.success then 'completed'
@@ -355,11 +365,13 @@ begin
   end if;
   perform pgworker.give_back(
     array[release_jobs.worker_id],
-    array(select j.id
-          from unnest(release_jobs.job_ids, release_jobs.attempts) as r(id, attempt)
-          join pgworker.job j on j.id = r.id and j.locked_by = release_jobs.worker_id
-          where r.attempt is null or j.attempts = r.attempt
-          order by j.id for update of j),
+    array(select l.id
+          from (select u.id, u.attempt from unnest(release_jobs.job_ids, release_jobs.attempts) as u(id, attempt)
+                order by u.id offset 0) as r
+          cross join lateral (
+            select j.id from pgworker.job j
+            where j.id = r.id and j.locked_by = release_jobs.worker_id and (r.attempt is null or j.attempts = r.attempt)
+            for update) as l),
     true, null);
 end
 $$;

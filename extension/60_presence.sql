@@ -65,6 +65,8 @@ comment on function pgworker.register_worker(text, interval) is
 create function pgworker.heartbeat(worker_id bigint) returns table (job_id bigint, notice text)
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_lease interval;
@@ -92,7 +94,7 @@ begin
   delete from pgworker.notice n
   where n.worker_id = heartbeat.worker_id
     and (n.notice = 'lost') = exists (select from pgworker.job j
-                                      where j.id = n.job_id and j.locked_by = heartbeat.worker_id);
+                                      where j.id = n.job_id and j.locked_by = heartbeat.worker_id offset 0);
   return query
   select n.job_id, n.notice from pgworker.notice n where n.worker_id = heartbeat.worker_id order by n.job_id;
   delete from pgworker.notice n where n.worker_id = heartbeat.worker_id and n.notice = 'lost';
@@ -137,10 +139,10 @@ begin
 
   -- Noted first, while the rows still say who held them.
   update pgworker.job j
-  set last_error = format('worker %s %s', coalesce(w.id || ' (' || w.name || ')', j.locked_by::text), p_reason)
-  from pgworker.job o
-  left join pgworker.worker w on w.id = o.locked_by
-  where j.id = any (v_ids) and o.id = j.id and p_reason is not null;
+  set last_error = format('worker %s %s',
+                          coalesce((select w.id || ' (' || w.name || ')' from pgworker.worker w where w.id = j.locked_by),
+                                   j.locked_by::text), p_reason)
+  where j.id = any (v_ids) and p_reason is not null;
 
   select array_agg(j.id), array_agg(case when j.cancel_reason is not null then 'cancelled' else 'failed' end),
          array_agg(coalesce(j.cancel_reason, j.last_error))

@@ -89,7 +89,7 @@ begin
            f.task_identifier, f.payload, f.queue_name, case when v_keeps then f.key end, f.flags, f.last_error,
            f.progress, f.name, f.on_failure
     from pgworker.finished f
-    where f.id = any (v_ids) and (v_keeps or not exists (select from pgworker.job j where j.id = f.id))
+    where f.id = any (v_ids) and (v_keeps or not exists (select from pgworker.job j where j.id = f.id offset 0))
     order by f.key, f.id
     on conflict (key) where key is not null do nothing;
   end loop;

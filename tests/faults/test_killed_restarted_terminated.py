@@ -24,8 +24,8 @@ from tests.waiting import until
 
 JOBS = int(os.environ.get("PGWORKER_FAULT_JOBS", "15000"))
 PROCESSES = 3
-# Claims are committed asynchronously: a crash of the server may undo one. Its worker runs the job all the same, when its
-# turn comes in the worker's buffer, and so does the worker that claims it then. Seconds that a job may wait there.
+# Claims are committed asynchronously: a crash of the server may undo one. Its worker runs the job all the same when the
+# turn comes in its buffer, and so does the worker that claims it then. Seconds that a job may wait in a buffer.
 CLAIMED_AHEAD = 2
 
 _TASK = '''
