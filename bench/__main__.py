@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
             MEASUREMENTS[name](bench)
     facts["runs"] = f"{bench.runs}, load at the end {machine.load()}"
     print("\n" + table(bench.numbers, list(about), sizes))
-    print("\nMedians (least–most). Ratios are medians of the ratios run by run.")
+    print(
+        "\nMedians (least–most). Ratios are medians of the ratios run by run; of base: against the line that indented"
+    )
+    print("ones stand under.")
     print("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
     if given.json:
         ratios = {

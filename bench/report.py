@@ -55,7 +55,7 @@ def table(numbers: Numbers, sides: Sequence[str], sizes: Sizes) -> str:
 
     """
     ours, *peers = sides
-    lines = [["", "", ours, "of line", *(head for peer in peers for head in (peer, f"{ours}/{peer}"))]]
+    lines = [["", "", ours, "of base", *(head for peer in peers for head in (peer, f"{ours}/{peer}"))]]
     first = {row.key: row for row in rows(sizes)}
     for row in first.values():
         if row.key not in numbers:

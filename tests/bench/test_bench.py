@@ -64,6 +64,6 @@ def test_ratios_are_taken_run_by_run_and_only_of_what_was_measured() -> None:
 
     head, first, *rest = table(numbers, ["pgworker", "graphile"], QUICK).splitlines()
 
-    assert head.split() == ["pgworker", "of", "line", "graphile", "pgworker/graphile"]
+    assert head.split() == ["pgworker", "of", "base", "graphile", "pgworker/graphile"]
     assert first.endswith("jobs/s  30,000 (10,000–40,000)           10,000 (10,000–15,000)               2.00")
     assert [line.split("jobs/s")[1].split() for line in rest] == [["100"], ["95.00", "0.95"]]
