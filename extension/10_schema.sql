@@ -12,8 +12,10 @@
 --
 -- A session keeps its plans, and one that was made while the table was empty, or while statistics said so (after an analyze
 -- under a long transaction, for example), must not read all of it later. So functions that look rows up pin
--- enable_seqscan = off, and where many are looked up, the look-up is a lateral subquery with OFFSET 0, which the planner can
--- neither turn round nor flatten: once per id, by index.
+-- enable_seqscan = off, and where many are looked up, it is written so that the planner can only go from the ids to the
+-- rows, by index: j.id = any (array[e.id]) instead of j.id = e.id (no merge join, so no scan in the order of the key), or a
+-- lateral subquery with OFFSET 0. Not by ctid, unless the row is locked: a ctid is not checked again after waiting for
+-- somebody who changed the row.
 -- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel.
 -- Row order of lock taking everywhere: job rows by id, then queue rows by name, then worker rows by id.
 

@@ -85,8 +85,7 @@ begin
   ), claimed as (
     update pgworker.job j
     set locked_at = p_now, locked_by = p_worker_id, attempts = j.attempts + 1
-    from picked p
-    where j.ctid = p.tid
+    where j.ctid = any (array(select p.tid from picked p))
     returning j.ctid as tid, j.run_at, j.id
   )
   select array_agg(c.tid), max(c.run_at), (array_agg(c.id))[count(*)]

@@ -34,10 +34,8 @@ begin
     order by e.id
   ), gone as (
     delete from pgworker.job j
-    using (select l.tid, e.state, e.error, e.result
-           from ending e
-           cross join lateral (select o.ctid as tid from pgworker.job o where o.id = e.id offset 0) as l) as e
-    where j.ctid = e.tid
+    using ending e
+    where j.id = any (array[e.id])
     returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, j.revision, j.priority, j.attempts, j.max_attempts,
               e.state, j.task_identifier, j.payload, j.queue_name, j.key, j.flags,
               coalesce(e.error, j.last_error) as last_error, j.progress, e.result, j.name, j.on_failure, j.locked_by
@@ -83,10 +81,8 @@ begin
     set locked_at = null, locked_by = null, last_error = f.error,
         run_at = coalesce(p_retry_at, greatest(v_now, j.run_at) + exp(least(j.attempts, 10)) * interval '1 second'),
         payload = coalesce(p_payload, j.payload)
-    from (select l.tid, f.error
-          from failed f
-          cross join lateral (select o.ctid as tid from pgworker.job o where o.id = f.id offset 0) as l) as f
-    where j.ctid = f.tid
+    from failed f
+    where j.id = any (array[f.id])
     returning j.id, j.queue_name, j.run_at
   )
   select array_agg(b.queue_name) filter (where b.queue_name is not null),
@@ -166,16 +162,10 @@ begin
       select u.id, u.attempt from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
       order by u.id
     ), gone as (
-      -- A row that somebody changes at this moment has another place by then; it is left for the careful way below.
       delete from pgworker.job j
-      using (select l.tid
-             from ending e
-             cross join lateral (
-               select o.ctid as tid from pgworker.job o
-               where o.id = e.id and o.locked_by = finish_jobs.worker_id and (e.attempt is null or o.attempts = e.attempt)
-                 and o.cancel_reason is null and o.root_id is null
-               offset 0) as l) as e
-      where j.ctid = e.tid
+      using ending e
+      where j.id = any (array[e.id]) and j.locked_by = finish_jobs.worker_id
+        and (e.attempt is null or j.attempts = e.attempt) and j.cancel_reason is null and j.root_id is null
       returning j.id, j.queue_name
     )
     select coalesce(array_agg(g.id), '{}'), array_agg(g.queue_name) filter (where g.queue_name is not null),
