@@ -26,7 +26,7 @@ _FORGET = "select set_config('pgworker.cursor', '', false)"
 
 #: After a claim that found nothing the database is asked again so many seconds later: a producer that looked just
 #: before us whether anybody sleeps, and committed just after, told nobody. Then the poll interval takes over.
-_LOOK_AGAIN = (0.01, 0.1)
+_LOOK_AGAIN = (0.003, 0.1)
 #: Jobs that have waited here for so many seconds go back, for workers that have time for them.
 _STALE = 1.0
 #: After a claim whose answer was lost: when to look for jobs that we hold without knowing it. More than once, because
