@@ -227,6 +227,13 @@ begin
       v_left := v_left - cardinality(v_tids);
     end if;
 
+    if v_sweeps then
+      -- A sweep that fills its batch has not looked at the priorities after it: they begin anew next time.
+      for k in 7 .. cardinality(v_cursor) by 5 loop
+        v_cursor[k] := 0;
+        v_cursor[k + 1] := 0;
+      end loop;
+    end if;
     for k in 6 .. cardinality(v_cursor) by 5 loop
       exit when v_left = 0;
       v_range := pgworker.claim_range(
