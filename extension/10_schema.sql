@@ -8,6 +8,7 @@
 --   worker      registered workers and how their presence is known
 --   notice      what a worker has still to be told about its jobs
 --   setting     options of this installation
+--   live        job as the public view shows it
 --   jobs        the public view over job and finished
 --
 -- A session keeps its plans, and one that was made while the table was empty, or while statistics said so (after an analyze
@@ -187,7 +188,7 @@ create table pgworker.notice (
 );
 comment on table pgworker.notice is 'What heartbeat() will tell workers: jobs to stop, jobs taken from them.';
 
-create view pgworker.jobs as
+create view pgworker.live as
 select j.id, j.task_identifier, j.queue_name,
        case when j.locked_by is not null then 'running'
             when j.waiting then 'waiting'
@@ -197,7 +198,15 @@ select j.id, j.task_identifier, j.queue_name,
        j.max_attempts::int as max_attempts, j.last_error, j.key, j.revision, j.flags, j.parent_id, j.root_id, j.name,
        j.on_failure, j.progress, null::jsonb as result, j.locked_at, j.locked_by, j.created_at,
        null::timestamptz as finished_at
-from pgworker.job j
+from pgworker.job j;
+comment on view pgworker.live is
+  'Internal: live jobs as the view jobs shows them.';
+
+create view pgworker.jobs as
+select l.id, l.task_identifier, l.queue_name, l.state, l.payload, l.priority, l.run_at, l.attempts, l.max_attempts,
+       l.last_error, l.key, l.revision, l.flags, l.parent_id, l.root_id, l.name, l.on_failure, l.progress, l.result,
+       l.locked_at, l.locked_by, l.created_at, l.finished_at
+from pgworker.live l
 union all
 select f.id, f.task_identifier, f.queue_name, f.state,
        f.payload, f.priority::int, f.run_at, f.attempts::int,

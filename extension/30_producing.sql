@@ -130,7 +130,7 @@ begin
   v_id := pgworker.put_job(null, add_job.identifier, add_job.payload, add_job.queue_name, add_job.run_at,
                            add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags,
                            coalesce(add_job.job_key_mode, 'replace'));
-  select v.* into v_row from pgworker.jobs v where v.id = v_id;
+  select v.* into v_row from pgworker.live v where v.id = v_id;
   return v_row;
 end
 $$;

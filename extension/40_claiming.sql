@@ -2,8 +2,6 @@
 --
 --   cursor_at, cursor_time   times as numbers, for the cursor
 --   know_priorities          makes room in the cursor for priorities that the session has not met before
---   claim_range              takes jobs of one priority from a place on
---   rest                     notes that a session found no work
 --   get_jobs, get_job        the public functions
 --   next_run_at              when a sleeping worker should look again
 --
@@ -24,7 +22,7 @@
 -- began before and committed after the cursor had passed, a row that was locked and rolled back, work given back) is
 -- found by a sweep, a claim from the very start. Sweeps happen when the epoch moved, when a claim finds nothing, and
 -- every 250 ms, but not so often that more than a twentieth of the time goes into them (a quarter when there is a reason
--- to look: a moved epoch, or nothing found).
+-- to look: a moved epoch, or nothing found); where a sweep takes less than a millisecond every claim is one.
 --
 -- The planner must walk the claim indexes in their order whatever the statistics say, hence the settings of get_jobs:
 -- they hold for the plans made in it and in what it calls, which are kept for the session.
@@ -62,63 +60,6 @@ $$;
 comment on function pgworker.know_priorities(bigint[], int[]) is
   'Internal: the cursor with entries for these priorities too.';
 
-create function pgworker.claim_range(
-  p_worker_id bigint, p_now timestamptz, p_limit int, p_priority bigint, p_run_at timestamptz, p_id bigint, p_tasks text[],
-  p_flags text[], p_paused text[], out tids tid[], out last_run_at timestamptz, out last_id bigint
-)
-language plpgsql volatile parallel unsafe
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  with picked as materialized (
-    select j.ctid as tid
-    from pgworker.job j
-    where j.queue_name is null and not j.waiting
-      and j.priority = p_priority and (j.run_at, j.id) > (p_run_at, p_id) and j.run_at <= p_now
-      and j.locked_by is null
-      and (p_tasks is null or j.task_identifier = any (p_tasks))
-      and (p_paused is null or j.task_identifier <> all (p_paused))
-      and (p_flags is null or j.flags is null or not j.flags && p_flags)
-    order by j.run_at, j.id
-    limit p_limit
-    for update skip locked
-  ), claimed as (
-    update pgworker.job j
-    set locked_at = p_now, locked_by = p_worker_id, attempts = j.attempts + 1
-    where j.ctid = any (array(select p.tid from picked p))
-    returning j.ctid as tid, j.run_at, j.id
-  )
-  select array_agg(c.tid), max(c.run_at), (array_agg(c.id))[count(*)]
-  into tids, last_run_at, last_id
-  from (select c.tid, c.run_at, c.id from claimed c order by c.run_at, c.id) as c;
-end
-$$;
-comment on function pgworker.claim_range(bigint, timestamptz, int, bigint, timestamptz, bigint, text[], text[], text[]) is
-  'Internal: claims up to p_limit jobs of one priority that lie behind (p_run_at, p_id), in order, and says where they '
-  'are now and which came last.';
-
--- Whoever found nothing is taken to lie down until its next claim finds something, and shows it with an advisory lock
--- that wake() sees. pgworker.asleep only remembers that this session holds it, and unlike the lock a rollback undoes that:
--- a session that rolls claims back may seem asleep when it is not (needless notifications) or not when it is (it finds work
--- at its next poll).
-create function pgworker.rest(p_idle boolean) returns void
-language plpgsql volatile parallel unsafe
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if p_idle and coalesce(current_setting('pgworker.asleep', true), '') <> 'yes' then
-    -- Tried, not waited for: a producer may be testing at this moment, and whoever found nothing looks again soon.
-    if pg_try_advisory_lock_shared(1886874483, 0) then
-      perform set_config('pgworker.asleep', 'yes', false);
-    end if;
-  elsif not p_idle and current_setting('pgworker.asleep', true) = 'yes' then
-    perform pg_advisory_unlock_shared(1886874483, 0);
-    perform set_config('pgworker.asleep', '', false);
-  end if;
-end
-$$;
-comment on function pgworker.rest(boolean) is 'Internal: notes that this session found no work, or found some again.';
-
 create function pgworker.get_jobs(
   worker_id bigint, max_jobs int default 1, tasks text[] default null, forbidden_flags text[] default null
 ) returns setof pgworker.claimed_job
@@ -139,10 +80,17 @@ declare
   v_whose   constant bigint := (hashtext(concat_ws(' ', worker_id, tasks::text, '/', forbidden_flags::text))
                                & 2147483647)::bigint;
   v_margin  constant bigint := pgworker.cursor_at(v_now - interval '1 second');
+  v_asleep  constant boolean := coalesce(current_setting('pgworker.asleep', true), '') = 'yes';
   v_cursor  bigint[];
   v_worker  record;
   v_sweeps  boolean;
+  v_brief   boolean := false;
+  v_first   int;
+  v_last    int;
+  v_from    timestamptz;
+  v_behind  bigint;
   v_started timestamptz;
+  v_ended   timestamptz;
   v_elapsed bigint;
   v_new     int[];
   v_queues  boolean;
@@ -157,10 +105,16 @@ begin
       hint = 'Ask for as many jobs as the worker has room for.';
   end if;
 
+  if hashtext(split_part(v_text, '#', 1))::text = split_part(v_text, '#', 2) then
+    v_cursor := string_to_array(split_part(v_text, '#', 1), ' ')::bigint[];
+    v_brief := v_cursor[1] = v_whose and v_cursor[4] between 0 and 999;
+  end if;
+
   -- The row lock keeps maintain() from declaring this worker dead between here and our commit: jobs claimed by a worker
   -- that nobody knows would be given back by nobody.
   select w.lease, (select e.last_value from pgworker.epoch e) as epoch,
-         (select array_agg(t.identifier) from pgworker.task t where t.paused) as paused
+         (select array_agg(t.identifier) from pgworker.task t where t.paused) as paused,
+         v_brief and not exists (select from pgworker.job j where j.queue_name > '' and not j.waiting) as brief
   into v_worker
   from pgworker.worker w
   where w.id = worker_id
@@ -170,16 +124,14 @@ begin
       hint = 'Call register_worker() first; a worker that was gone for too long has to register anew.';
   end if;
 
-  if hashtext(split_part(v_text, '#', 1))::text = split_part(v_text, '#', 2) then
-    v_cursor := string_to_array(split_part(v_text, '#', 1), ' ')::bigint[];
-  end if;
   if v_cursor[1] is distinct from v_whose then
     v_cursor := array[v_whose, v_worker.epoch, 0, -1, 0];
     v_sweeps := true;
   else
-    v_elapsed := pgworker.cursor_at(clock_timestamp()) - v_cursor[3];
+    v_started := clock_timestamp();                -- a variable, so that cursor_at is inlined
+    v_elapsed := pgworker.cursor_at(v_started) - v_cursor[3];
     v_sweeps := v_elapsed < 0 or v_elapsed > greatest(250000, 20 * v_cursor[4])
-                or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 20000 or v_elapsed > 3 * v_cursor[4]));
+                or v_brief or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 20000 or v_elapsed > 3 * v_cursor[4]));
   end if;
 
   loop
@@ -187,67 +139,98 @@ begin
     v_left := v_most;
     v_tids := '{}';
 
-    -- Two questions. Are there priorities in the gaps between those that this session knows? (Dead index entries of
-    -- priorities that only others serve can make that dear: then it waits for sweeps, whose cost it counts in.) And is
-    -- there anything for serial queues: jobs between cursor and now, or a queue that came free since?
-    loop
-      select case when v_sweeps or v_cursor[4] < 20000 or cardinality(v_cursor) >= 1005 then array(
-               select f.priority::int
-               from generate_series(1, cardinality(v_cursor), 5) as g(n)
-               cross join lateral (
-                 (select j.priority from pgworker.job j
-                  where j.queue_name is null and not j.waiting
-                    and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
-                    and j.priority < coalesce(v_cursor[g.n + 5], 32768)
-                  order by j.priority limit 1)
-                 union all
-                 (select j.priority from pgworker.job j
-                  where j.queue_name is not null and not j.waiting and j.id > 0
-                    and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
-                    and j.priority < coalesce(v_cursor[g.n + 5], 32768)
-                  order by j.priority limit 1)) as f) end,
-             v_sweeps
-             or exists (select from pgworker.queue q where q.turn > greatest(v_cursor[5] - 4, 0) and q.job_id is null and not q.paused)
-             or exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
-                        cross join lateral (
-                          select from pgworker.job j
-                          where j.queue_name is not null and not j.waiting and j.id > 0 and j.priority = v_cursor[g.n]
-                            and (j.run_at, j.id) > (pgworker.cursor_time(v_cursor[g.n + 3]), v_cursor[g.n + 4])
-                            and j.run_at <= v_now
-                          limit 1) as f)
-      into v_new, v_queues;
-      exit when coalesce(cardinality(v_new), 0) = 0;
-      v_cursor := pgworker.know_priorities(v_cursor, v_new);
-    end loop;
-
-    if v_queues then
-      v_queued := pgworker.claim_queued(worker_id, v_now, v_most, tasks, v_flags, v_worker.paused, v_sweeps, v_cursor);
-      v_cursor := v_queued.moved;
-      v_tids := v_queued.tids;
-      v_left := v_left - cardinality(v_tids);
-    end if;
-
-    if v_sweeps then
-      -- A sweep that fills its batch has not looked at the priorities after it: they begin anew next time.
-      for k in 7 .. cardinality(v_cursor) by 5 loop
-        v_cursor[k] := 0;
-        v_cursor[k + 1] := 0;
+    if not v_worker.brief then
+      -- Two questions. Are there priorities in the gaps between those that this session knows? (Dead index entries of
+      -- priorities that only others serve can make that dear: then it waits for sweeps, whose cost it counts in.) And is
+      -- there anything for serial queues: jobs between cursor and now, or a queue that came free since?
+      loop
+        select case when v_sweeps or v_cursor[4] < 20000 or cardinality(v_cursor) >= 1005 then array(
+                 select f.priority::int
+                 from generate_series(1, cardinality(v_cursor), 5) as g(n)
+                 cross join lateral (
+                   (select j.priority from pgworker.job j
+                    where j.queue_name is null and not j.waiting
+                      and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
+                      and j.priority < coalesce(v_cursor[g.n + 5], 32768)
+                    order by j.priority limit 1)
+                   union all
+                   (select j.priority from pgworker.job j
+                    where j.queue_name is not null and not j.waiting and j.id > 0
+                      and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
+                      and j.priority < coalesce(v_cursor[g.n + 5], 32768)
+                    order by j.priority limit 1)) as f) end,
+               case when v_sweeps then exists (select from pgworker.job j where j.queue_name > '' and not j.waiting)
+                    else exists (select from pgworker.queue q
+                                 where q.turn > greatest(v_cursor[5] - 4, 0) and q.job_id is null and not q.paused)
+                         or exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
+                                    cross join lateral (
+                                      select from pgworker.job j
+                                      where j.queue_name is not null and not j.waiting and j.id > 0
+                                        and j.priority = v_cursor[g.n]
+                                        and (j.run_at, j.id) > (pgworker.cursor_time(v_cursor[g.n + 3]), v_cursor[g.n + 4])
+                                        and j.run_at <= v_now
+                                      limit 1) as f) end
+        into v_new, v_queues;
+        exit when coalesce(cardinality(v_new), 0) = 0;
+        v_cursor := pgworker.know_priorities(v_cursor, v_new);
       end loop;
+
+      if v_sweeps then
+        -- A sweep that fills its batch has not looked at the priorities after it: they begin anew next time.
+        for k in 7 .. cardinality(v_cursor) by 5 loop
+          v_cursor[k] := 0;
+          v_cursor[k + 1] := 0;
+          if not v_queues then
+            v_cursor[k + 2] := v_margin;
+            v_cursor[k + 3] := 0;
+          end if;
+        end loop;
+      end if;
+      if v_queues then
+        v_queued := pgworker.claim_queued(worker_id, v_now, v_most, tasks, v_flags, v_worker.paused, v_sweeps, v_cursor);
+        v_cursor := v_queued.moved;
+        v_tids := v_queued.tids;
+        v_left := v_left - cardinality(v_tids);
+      end if;
     end if;
-    for k in 6 .. cardinality(v_cursor) by 5 loop
+
+    -- Priority after priority, each from its place in the cursor; in brief, all of them at once.
+    for k in 6 .. case when v_worker.brief then 6 else cardinality(v_cursor) end by 5 loop
       exit when v_left = 0;
-      v_range := pgworker.claim_range(
-        worker_id, v_now, v_left, v_cursor[k],
-        case when v_sweeps then '-infinity' else pgworker.cursor_time(v_cursor[k + 1]) end,
-        case when v_sweeps then 0 else v_cursor[k + 2] end,
-        tasks, v_flags, v_worker.paused);
+      v_first := case when v_worker.brief then -32769 else v_cursor[k]::int end;
+      v_last := case when v_worker.brief then 32767 else v_cursor[k]::int end;
+      v_from := case when v_worker.brief then '-infinity' else pgworker.cursor_time(v_cursor[k + 1]) end;
+      v_behind := case when v_worker.brief then 0 else v_cursor[k + 2] end;
+      with picked as materialized (
+        select j.ctid as tid
+        from pgworker.job j
+        where j.queue_name is null and not j.waiting
+          and (j.priority, j.run_at, j.id) > (v_first, v_from, v_behind)
+          and (j.priority, j.run_at) <= (v_last, v_now) and j.run_at <= v_now
+          and j.locked_by is null
+          and (get_jobs.tasks is null or j.task_identifier = any (get_jobs.tasks))
+          and (v_worker.paused is null or j.task_identifier <> all (v_worker.paused))
+          and (v_flags is null or j.flags is null or not j.flags && v_flags)
+        order by j.priority, j.run_at, j.id
+        limit v_left
+        for update skip locked
+      ), claimed as (
+        update pgworker.job j
+        set locked_at = v_now, locked_by = get_jobs.worker_id, attempts = j.attempts + 1
+        where j.ctid = any (array(select p.tid from picked p))
+        returning j.ctid as tid, j.run_at, j.id
+      )
+      select array_agg(c.tid) as tids, max(c.run_at) as run_at, (array_agg(c.id))[count(*)] as id
+      into v_range
+      from (select c.tid, c.run_at, c.id from claimed c order by c.run_at, c.id) as c;
       if v_range.tids is not null then
         v_tids := v_tids || v_range.tids;
         v_left := v_left - cardinality(v_range.tids);
-        v_cursor[k + 1] := pgworker.cursor_at(v_range.last_run_at);
-        v_cursor[k + 2] := v_range.last_id;
+        continue when v_worker.brief;
+        v_cursor[k + 1] := pgworker.cursor_at(v_range.run_at);
+        v_cursor[k + 2] := v_range.id;
       end if;
-      if v_left > 0 and v_cursor[k + 1] < v_margin then
+      if v_left > 0 and not v_worker.brief and v_cursor[k + 1] < v_margin then
         -- All that is due has been passed. Not up to now: transactions take a moment to commit.
         v_cursor[k + 1] := v_margin;
         v_cursor[k + 2] := 0;
@@ -256,9 +239,10 @@ begin
 
     if v_sweeps then
       -- The very first sweep of a session pays for making plans: its cost says nothing.
+      v_ended := clock_timestamp();
       v_cursor[4] := case when v_cursor[4] < 0 then 0
-                          else (extract(epoch from clock_timestamp() - v_started) * 1000000)::bigint end;
-      v_cursor[3] := pgworker.cursor_at(clock_timestamp());
+                          else (extract(epoch from v_ended - v_started) * 1000000)::bigint end;
+      v_cursor[3] := pgworker.cursor_at(v_ended);
       v_cursor[2] := v_worker.epoch;
     end if;
     exit when v_sweeps or v_left < v_most or not (v_cursor[4] < 5000 or v_elapsed > 3 * v_cursor[4]);
@@ -268,9 +252,20 @@ begin
   -- Two hundred priorities are remembered; whoever uses more pays with more probes.
   v_text := array_to_string(v_cursor[1:1005], ' ');
   perform set_config('pgworker.cursor', v_text || '#' || hashtext(v_text), false);
-  if v_worker.lease is null
-     and (v_left = v_most) is distinct from (coalesce(current_setting('pgworker.asleep', true), '') = 'yes') then
-    perform pgworker.rest(v_left = v_most);
+
+  -- Whoever found nothing is taken to lie down until its next claim finds something, and shows it with an advisory lock
+  -- that wake() sees. pgworker.asleep only remembers that this session holds it, and unlike the lock a rollback undoes
+  -- that: a session that rolls claims back may seem asleep when it is not (needless notifications) or not when it is (it
+  -- finds work at its next poll).
+  if v_worker.lease is null then
+    if v_left < v_most then
+      if v_asleep then
+        perform pg_advisory_unlock_shared(1886874483, 0), set_config('pgworker.asleep', '', false);
+      end if;
+    elsif not v_asleep and pg_try_advisory_lock_shared(1886874483, 0) then
+      -- Tried, not waited for: a producer may be testing at this moment, and whoever found nothing looks again soon.
+      perform set_config('pgworker.asleep', 'yes', false);
+    end if;
   end if;
 
   return query

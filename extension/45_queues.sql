@@ -148,8 +148,7 @@ begin
       select j.priority, j.run_at, j.id from pgworker.job j
       where j.queue_name is null and not j.waiting
         and j.priority = p_cursor[g.n]
-        and (j.run_at, j.id) > (case when p_sweeps then '-infinity' else pgworker.cursor_time(p_cursor[g.n + 1]) end,
-                                case when p_sweeps then 0 else p_cursor[g.n + 2] end)
+        and (j.run_at, j.id) > (pgworker.cursor_time(p_cursor[g.n + 1]), p_cursor[g.n + 2])
         and j.run_at <= p_now and j.locked_by is null
         and (p_tasks is null or j.task_identifier = any (p_tasks))
         and (p_paused is null or j.task_identifier <> all (p_paused))
