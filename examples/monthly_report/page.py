@@ -45,7 +45,7 @@ def render_page(month: date, categories: Mapping[str, Any], rates: Mapping[str, 
     if rates is None:
         elsewhere = '<p class="missing">The exchange rates were not to be had.</p>'
     else:
-        amounts = [f"{total * rate:,.2f} {escape(currency)}" for currency, rate in rates.items()]
+        amounts = [f"{total * rate:,.2f} {escape(currency)}" for currency, rate in sorted(rates.items())]
         elsewhere = f"<p>Elsewhere that is {', '.join(amounts)}.</p>"
     return _PAGE.format(month=f"{month:%B %Y}", plot=_plot(categories), rows="\n".join(rows), rates=elsewhere)
 

@@ -21,12 +21,13 @@ create index if not exists sales_sold_at on monthly_report.sales (category, sold
 # Looks like chance and is the same every time: hashes of the hour and the number of the sale.
 _MAKE_UP = """
 insert into monthly_report.sales (sold_at, category, amount)
-select t + n * interval '97 seconds', (array['books', 'games', 'music', 'garden'])[1 + abs(hashint8(h * 31 + n)) % 4],
-       5 + abs(hashint8(h * 7 + n)) % 9000 / 100.0
+select t + n * interval '97 seconds',
+       (array['books', 'games', 'music', 'garden'])[1 + mod(abs(hashint8(h * 31 + n)), 4)],
+       5 + mod(abs(hashint8(h * 7 + n)), 9000) / 100.0
 from (select t, extract(epoch from t)::bigint / 3600 as h
       from generate_series(%(month)s::timestamptz, %(month)s::timestamptz + interval '1 month - 1 hour',
                            interval '1 hour') t) hours
-cross join lateral generate_series(1, 1 + abs(hashint8(h)) % 30) n
+cross join lateral generate_series(1, 1 + mod(abs(hashint8(h)), 30)) n
 where not exists (select from monthly_report.sales
                   where sold_at >= %(month)s and sold_at < %(month)s::timestamptz + interval '1 month')
 """
