@@ -131,6 +131,8 @@ def test_verbose_shows_the_traceback_too(spawn: Spawn, tmp_path: Path) -> None:
         ["add", "t", "{not json}"],
         ["add", "t", "--run-at", "tomorrow"],
         ["add", "t", "--key-mode", "other"],
+        ["tree"],
+        ["tree", "first"],
     ],
 )
 def test_wrong_usage_is_status_2(spawn: Spawn, db: Db, arguments: list[str]) -> None:
@@ -169,7 +171,7 @@ def test_version_and_help(spawn: Spawn) -> None:
     assert ended(spawn("--version")) == (0, f"pgworker {version()}\n", "")
     status, out, _ = ended(spawn("--help"))
     assert status == 0
-    assert all(command in out for command in ("run", "add", "install", "upgrade", "demo"))
+    assert all(command in out for command in ("run", "add", "tree", "install", "upgrade", "demo"))
 
 
 def test_install_upgrade_and_install_again(spawn: Spawn, db: Db) -> None:
