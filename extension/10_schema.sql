@@ -84,11 +84,18 @@ create table pgworker.job (
   locked_by       bigint,
   parent_id       bigint,
   root_id         bigint,
+  gate_id         bigint,
+  cause_id        bigint,
   revision        int         not null default 0,
+  depth           int,
   priority        smallint    not null default 0,
   attempts        smallint    not null default 0,
   max_attempts    smallint    not null default 25,
+  slot            smallint,
   waiting         boolean     not null default false,
+  has_children    boolean     not null default false,
+  has_followers   boolean     not null default false,
+  settled         boolean     not null default false,
   task_identifier text        not null,
   payload         jsonb       not null,
   queue_name      text,
@@ -98,6 +105,7 @@ create table pgworker.job (
   progress        jsonb,
   name            text,
   on_failure      text,
+  ends_as         text,
   cancel_reason   text,
   primary key (id)
 ) with (
@@ -109,7 +117,10 @@ create table pgworker.job (
   autovacuum_vacuum_cost_delay = 0
 );
 comment on table pgworker.job is
-  'Live jobs. locked_by says which worker runs a job; cancel_reason that it was asked to stop.';
+  'Live jobs. locked_by says which worker runs a job; ends_as that it was asked to stop and how it will end then, '
+  'cancel_reason why, cause_id because of which other job. Trees: root_id is null outside of them; slot is the part of '
+  'the parent''s counter that counts this job, null if none does; gate_id the nearest job, from this one upwards, that '
+  'waits for its siblings; settled: what its end means for others is dealt with already.';
 
 -- No index and no predicate names a column that a claim changes (locked_at, locked_by, attempts): a claim then writes
 -- one heap tuple and no index entry. What a claim leaves behind in the index is jumped over by the session cursor.
@@ -119,6 +130,9 @@ create index job_claim on pgworker.job (priority, run_at, id) where queue_name i
 create index job_claim_queued on pgworker.job (priority, run_at, id)
   where queue_name is not null and not waiting and id > 0;
 create index job_queue on pgworker.job (queue_name, priority, run_at, id) where queue_name > '' and not waiting;
+-- Trees are found from their roots: the children of a job are (root_id, parent_id).
+create index job_tree on pgworker.job (root_id, parent_id) where root_id is not null;
+create index job_gate on pgworker.job (gate_id) where gate_id is not null;
 create unique index job_key on pgworker.job (key) where key is not null;
 
 create table pgworker.finished (
@@ -129,10 +143,14 @@ create table pgworker.finished (
   keep_until      timestamptz not null,
   parent_id       bigint,
   root_id         bigint,
+  cause_id        bigint,
   revision        int         not null,
+  depth           int,
   priority        smallint    not null,
   attempts        smallint    not null,
   max_attempts    smallint    not null,
+  has_children    boolean     not null,
+  has_followers   boolean     not null,
   state           text        not null check (state in ('completed', 'failed', 'cancelled')),
   task_identifier text        not null,
   payload         jsonb       not null,
@@ -146,8 +164,45 @@ create table pgworker.finished (
   on_failure      text,
   primary key (id)
 );
-comment on table pgworker.finished is 'Jobs that ended, until keep_until.';
-create index finished_keep_until on pgworker.finished (keep_until);
+comment on table pgworker.finished is
+  'Jobs that ended, until keep_until. The nodes of a tree are kept as long as its root. cause_id: because of which '
+  'other job this one failed or was cancelled.';
+create index finished_keep_until on pgworker.finished (keep_until) where keep_until < 'infinity';
+create index finished_tree on pgworker.finished (root_id, parent_id) where root_id is not null;
+
+create table pgworker.counter (
+  job_id  bigint   not null,
+  after   boolean  not null,
+  slot    smallint not null,
+  pending int      not null check (pending >= 0),
+  primary key (job_id, after, slot)
+) with (fillfactor = 25, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+        autovacuum_vacuum_cost_delay = 0);
+comment on table pgworker.counter is
+  'How many jobs a job of a tree still waits for: its children, or those named in its after. Slot 0 is the total; what '
+  'waits for many has further slots, each for a part of them, and slot 0 then counts the slots that are not zero yet.';
+
+create table pgworker.dependency (
+  after_id bigint   not null,
+  job_id   bigint   not null,
+  slot     smallint not null,
+  primary key (after_id, job_id)
+);
+comment on table pgworker.dependency is
+  'job_id starts after its sibling after_id has finished; slot: which part of its counter counts that.';
+create index dependency_job on pgworker.dependency (job_id);
+
+create table pgworker.unsettled (
+  job_id   bigint not null,
+  what     text   not null check (what in ('release', 'open', 'fail', 'stop', 'forget')),
+  root_id  bigint,
+  reason   text,
+  cause_id bigint,
+  primary key (job_id, what)
+);
+comment on table pgworker.unsettled is
+  'What the end of a job has still to do to others in its tree, because somebody held their rows at that moment: '
+  'maintain() does it.';
 
 create table pgworker.queue (
   name   text    not null primary key,

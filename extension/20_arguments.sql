@@ -2,8 +2,11 @@
 --
 --   invalid_argument   the limits of add_job's arguments, written once: names the first argument that breaks one
 --   refuse_argument    the error for it
---   read_specs         an array of objects whose keys are add_job's argument names, as rows
+--   spec_label         where an object stands in the input
+--   read_time          a text as a time
+--   read_specs         objects whose keys are add_job's argument names, as rows
 --   refuse_spec        the error for an object that is none
+--   job_keys           those names
 --
 -- invalid_argument and read_specs have SQL-standard bodies: bound when created, inlined into whatever calls them.
 
@@ -95,7 +98,8 @@ begin
       from unnest(p_keys) as k(key)
       where replace(k.key, '_', '') = lower(replace(replace(v_key, '_', ''), '-', ''))
          or (k.key, lower(v_key)) in (('identifier', 'task'), ('identifier', 'task_identifier'), ('queue_name', 'queue'),
-                                      ('identifier', 'taskidentifier'), ('job_key', 'key'), ('job_key_mode', 'mode'))
+                                      ('identifier', 'taskidentifier'), ('job_key', 'key'), ('job_key_mode', 'mode'),
+                                      ('after', 'depends_on'), ('after', 'dependson'), ('after', 'needs'))
          or (length(v_key) > 3 and (starts_with(k.key, lower(v_key)) or starts_with(lower(v_key), k.key)))
          or (length(v_key) = length(k.key)
              and (select count(*) from generate_series(1, length(v_key)) as i(n)
@@ -124,17 +128,42 @@ begin
                           else format('Write it as a JSON %s, or leave it out.', v_want) end;
     end if;
   end loop;
+  v_key := case when jsonb_path_exists(p_spec, 'strict $.after[*] ? (@.type() != "string")', silent => true)
+                then 'after' else 'flags' end;
   raise exception using errcode = '22023',
-    message = format('%s.flags must be a list of strings, got %s', p_where, left((p_spec -> 'flags')::text, 200)),
-    hint = 'Write flags as an array of strings.';
+    message = format('%s.%s must be a list of strings, got %s', p_where, v_key, left((p_spec -> v_key)::text, 200)),
+    hint = format('Write %s as an array of strings.', v_key);
 end
 $$;
 comment on function pgworker.refuse_spec(jsonb, text, text[]) is
   'Internal: raises 22023 that says what is wrong with one object of add_jobs, and the likely cure.';
 
+-- Where in the input an object stands. Trees are read flat, each node with its parent and its place among its siblings:
+-- the path is put together only when there is something to complain about.
+create function pgworker.spec_label(p_base text, p_n bigint, p_parents int[], p_places int[]) returns text
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_n    int := p_n::int;
+  v_path text := '';
+begin
+  if p_parents is null then
+    return format('%s[%s]', p_base, p_n - 1);
+  end if;
+  while p_parents[v_n] > 0 loop
+    v_path := format('.children[%s]', p_places[v_n]) || v_path;
+    v_n := p_parents[v_n];
+  end loop;
+  return p_base || case when p_base = 'tree' then '' else format('[%s]', p_places[v_n]) end || v_path;
+end
+$$;
+comment on function pgworker.spec_label(text, bigint, int[], int[]) is
+  'Internal: what the p_n-th object is called in errors: specs[0], tree.children[2].children[0], children[1].';
+
 -- The EXCEPTION block costs a subtransaction, and only jobs that name a time come here: before PostgreSQL 16 there is no
 -- other way to learn that a text is no timestamp.
-create function pgworker.read_time(p_time text, p_where text) returns timestamptz
+create function pgworker.read_time(p_time text, p_base text, p_n bigint, p_parents int[], p_places int[]) returns timestamptz
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
@@ -142,13 +171,15 @@ begin
   return p_time::timestamptz;
 exception when data_exception then
   raise exception using errcode = '22023',
-    message = format('%s.run_at is not a time: %s', p_where, quote_literal(left(p_time, 200))),
+    message = format('%s.run_at is not a time: %s', pgworker.spec_label(p_base, p_n, p_parents, p_places),
+                     quote_literal(left(p_time, 200))),
     hint = 'Write a time as text, for example "2030-01-31T12:00:00Z".';
 end
 $$;
-comment on function pgworker.read_time(text, text) is 'Internal: a text as a time, or 22023 that names run_at.';
+comment on function pgworker.read_time(text, text, bigint, int[], int[]) is
+  'Internal: a text as a time, or 22023 that names run_at.';
 
-create function pgworker.read_specs(p_specs jsonb)
+create function pgworker.read_specs(p_specs jsonb[], p_keys text[], p_base text, p_parents int[], p_places int[])
 returns table (n bigint, identifier text, payload jsonb, queue_name text, run_at timestamptz, max_attempts int,
                job_key text, priority int, flags text[], job_key_mode text)
 language sql stable parallel safe
@@ -159,17 +190,16 @@ begin atomic
            coalesce(nullif(e.spec -> 'payload', 'null'), '{}') as payload,
            e.spec ->> 'queue_name' as queue_name,
            case when e.spec ->> 'run_at' is not null
-                then pgworker.read_time(e.spec ->> 'run_at', format('specs[%s]', e.n - 1)) end as run_at,
+                then pgworker.read_time(e.spec ->> 'run_at', p_base, e.n, p_parents, p_places) end as run_at,
            (e.spec ->> 'max_attempts')::numeric as max_attempts, e.spec ->> 'job_key' as job_key,
            (e.spec ->> 'priority')::numeric as priority,
            case when jsonb_typeof(e.spec -> 'flags') = 'array'
                 then array(select f.flag from jsonb_array_elements_text(e.spec -> 'flags') as f(flag)) end as flags,
            e.spec ->> 'job_key_mode' as job_key_mode
-    from jsonb_array_elements(p_specs) with ordinality as e(spec, n)
+    from unnest(p_specs) with ordinality as e(spec, n)
     where case
       when jsonb_typeof(e.spec) = 'object'
-           and (e.spec - array['identifier', 'payload', 'queue_name', 'run_at', 'max_attempts', 'job_key', 'priority',
-                               'flags', 'job_key_mode']) = '{}'
+           and (e.spec - p_keys) = '{}'
            and coalesce(jsonb_typeof(e.spec -> 'identifier') in ('string', 'null'), true)
            and coalesce(jsonb_typeof(e.spec -> 'queue_name') in ('string', 'null'), true)
            and coalesce(jsonb_typeof(e.spec -> 'run_at') in ('string', 'null'), true)
@@ -178,12 +208,15 @@ begin atomic
            and coalesce(jsonb_typeof(e.spec -> 'priority') in ('number', 'null'), true)
            and coalesce(jsonb_typeof(e.spec -> 'flags') in ('array', 'null'), true)
            and coalesce(jsonb_typeof(e.spec -> 'job_key_mode') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'name') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'on_failure') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'after') in ('array', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'children') in ('array', 'null'), true)
            and jsonb_path_exists(e.spec, 'strict $.flags[*] ? (@.type() != "string" && @.type() != "null")',
                                  silent => true) is not true
+           and jsonb_path_exists(e.spec, 'strict $.after[*] ? (@.type() != "string")', silent => true) is not true
         then true
-      else pgworker.refuse_spec(e.spec, format('specs[%s]', e.n - 1),
-                                array['identifier', 'payload', 'queue_name', 'run_at', 'max_attempts', 'job_key',
-                                      'priority', 'flags', 'job_key_mode'])
+      else pgworker.refuse_spec(e.spec, pgworker.spec_label(p_base, e.n, p_parents, p_places), p_keys)
     end
     -- A fence: shapes are checked before anything is converted, and limits after that.
     offset 0
@@ -196,8 +229,14 @@ begin atomic
            pgworker.invalid_argument(s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags,
                                      s.job_key_mode, s.run_at),
            s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags, s.job_key_mode, s.run_at,
-           format('specs[%s].', s.n - 1))
+           pgworker.spec_label(p_base, s.n, p_parents, p_places) || '.')
   end;
 end;
-comment on function pgworker.read_specs(jsonb) is
-  'Internal: add_jobs'' array as rows, in its order; raises for the first object that is not as it must be.';
+comment on function pgworker.read_specs(jsonb[], text[], text, int[], int[]) is
+  'Internal: objects (p_keys: what they may have) as rows, in their order; raises for the first that is not as it must be.';
+
+create function pgworker.job_keys() returns text[]
+language sql immutable parallel safe
+return array['identifier', 'payload', 'queue_name', 'run_at', 'max_attempts', 'job_key', 'priority', 'flags',
+             'job_key_mode'];
+comment on function pgworker.job_keys() is 'Internal: the keys of an object that describes a job: add_job''s arguments.';

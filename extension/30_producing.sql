@@ -191,6 +191,7 @@ set jit = off
 as $$
 declare
   v_now   constant timestamptz := pgworker.clock(now());
+  v_specs jsonb[];
   v_ids   bigint[];
   v_keys  text[];
   v_locked bigint;
@@ -212,11 +213,12 @@ begin
       hint = 'Write [{"identifier": "send_email", "payload": {"to": 1}}, ...].';
   end if;
 
+  v_specs := array(select e.spec from jsonb_array_elements(add_jobs.specs) with ordinality as e(spec, n) order by e.n);
   -- Ids first, in the order given: they ascend with it whatever order the rows are written in.
   select array_agg(nextval('pgworker.job_id') order by g.n) into v_ids
-  from generate_series(1, jsonb_array_length(add_jobs.specs)) as g(n);
+  from generate_series(1, cardinality(v_specs)) as g(n);
 
-  v_keys := array(select distinct e.spec ->> 'job_key' from jsonb_array_elements(add_jobs.specs) as e(spec)
+  v_keys := array(select distinct e.spec ->> 'job_key' from unnest(v_specs) as e(spec)
                   where e.spec ->> 'job_key' is not null);
   loop
     begin
@@ -230,7 +232,7 @@ begin
         select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
                case when s.job_key is null then 1 else row_number() over (partition by s.job_key order by s.n) end as nth,
                case when s.job_key is null then 1 else count(*) over (partition by s.job_key) end as same_key
-        from pgworker.read_specs(add_jobs.specs) s
+        from pgworker.read_specs(v_specs, pgworker.job_keys(), 'specs', null, null) s
       ), added as (
         insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority,
                                        flags, created_at)
@@ -269,7 +271,7 @@ begin
     for v_spec in
       select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
              s.job_key_mode, a.id is not null as added
-      from pgworker.read_specs(add_jobs.specs) s
+      from pgworker.read_specs(v_specs, pgworker.job_keys(), 'specs', null, null) s
       join unnest(v_folds) as f(n) on f.n = s.n
       left join unnest(v_first) as a(id) on a.id = v_ids[s.n]
       order by s.n

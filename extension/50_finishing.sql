@@ -10,11 +10,12 @@
 -- protected against its own past.
 -- Locks: job rows by id, then queue rows by name; who holds a queue row waits for nobody that waits for it.
 
--- Moves jobs out of the live table. States and errors are given one per job, or one for all. What is kept, and for how
--- long: failed and cancelled jobs 30 days, completed ones one day if they have a result, belong to a tree or were ended
--- by hand (p_keep); others not at all.
+-- Moves jobs out of the live table; what that means for others in their trees follows from it (57_settling.sql). What is
+-- kept, and for how long: failed and cancelled jobs 30 days, completed ones one day if they have a result, belong to a
+-- tree or were ended by hand (p_keep); others not at all. The nodes of a tree stay until their root goes.
 create function pgworker.finish(
-  p_ids bigint[], p_states text[], p_errors text[], p_results jsonb[], p_keep boolean default false
+  p_ids bigint[], p_states text[], p_errors text[], p_results jsonb[], p_keep boolean default false,
+  p_causes bigint[] default null
 ) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -29,24 +30,28 @@ declare
   v_held  bigint[];
 begin
   with ending as materialized (
-    select e.id, e.state, e.error, e.result
-    from unnest(p_ids, p_states, p_errors, p_results) as e(id, state, error, result)
+    select e.id, e.state, e.error, e.result, e.cause_id
+    from unnest(p_ids, p_states, p_errors, p_results, p_causes) as e(id, state, error, result, cause_id)
     order by e.id
   ), gone as (
     delete from pgworker.job j
     using ending e
     where j.id = any (array[e.id])
-    returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, j.revision, j.priority, j.attempts, j.max_attempts,
-              e.state, j.task_identifier, j.payload, j.queue_name, j.key, j.flags,
-              coalesce(e.error, j.last_error) as last_error, j.progress, e.result, j.name, j.on_failure, j.locked_by
+    returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, coalesce(e.cause_id, j.cause_id) as cause_id,
+              j.revision, j.depth, j.priority, j.attempts, j.max_attempts, j.has_children, j.has_followers, e.state,
+              j.task_identifier, j.payload, j.queue_name, j.key, j.flags, coalesce(e.error, j.last_error) as last_error,
+              j.progress, e.result, j.name, j.on_failure, j.locked_by
   ), kept as (
-    insert into pgworker.finished (id, run_at, created_at, finished_at, keep_until, parent_id, root_id, revision,
-                                   priority, attempts, max_attempts, state, task_identifier, payload, queue_name, key,
-                                   flags, last_error, progress, result, name, on_failure)
+    insert into pgworker.finished (id, run_at, created_at, finished_at, keep_until, parent_id, root_id, cause_id,
+                                   revision, depth, priority, attempts, max_attempts, has_children, has_followers,
+                                   state, task_identifier, payload, queue_name, key, flags, last_error, progress,
+                                   result, name, on_failure)
     select g.id, g.run_at, g.created_at, v_now,
-           v_now + case when g.state = 'completed' then interval '1 day' else interval '30 days' end,
-           g.parent_id, g.root_id, g.revision, g.priority, g.attempts, g.max_attempts, g.state, g.task_identifier,
-           g.payload, g.queue_name, g.key, g.flags, g.last_error, g.progress, g.result, g.name, g.on_failure
+           case when g.parent_id is not null then 'infinity' when g.state = 'completed' then v_now + interval '1 day'
+                else v_now + interval '30 days' end,
+           g.parent_id, g.root_id, g.cause_id, g.revision, g.depth, g.priority, g.attempts, g.max_attempts,
+           g.has_children, g.has_followers, g.state, g.task_identifier, g.payload, g.queue_name, g.key, g.flags,
+           g.last_error, g.progress, g.result, g.name, g.on_failure
     from gone g
     where p_keep or g.state <> 'completed' or g.result is not null or g.root_id is not null
   )
@@ -56,7 +61,7 @@ begin
   perform pgworker.free_queues(v_names, v_held);
 end
 $$;
-comment on function pgworker.finish(bigint[], text[], text[], jsonb[], boolean) is
+comment on function pgworker.finish(bigint[], text[], text[], jsonb[], boolean, bigint[]) is
   'Internal: ends jobs whose rows the caller has locked.';
 
 create function pgworker.retry_later(p_ids bigint[], p_errors text[], p_retry_at timestamptz, p_payload jsonb)
@@ -165,7 +170,7 @@ begin
       delete from pgworker.job j
       using ending e
       where j.id = any (array[e.id]) and j.locked_by = finish_jobs.worker_id
-        and (e.attempt is null or j.attempts = e.attempt) and j.cancel_reason is null and j.root_id is null
+        and (e.attempt is null or j.attempts = e.attempt) and j.ends_as is null and j.root_id is null
       returning j.id, j.queue_name
     )
     select coalesce(array_agg(g.id), '{}'), array_agg(g.queue_name) filter (where g.queue_name is not null),
@@ -190,23 +195,22 @@ begin
       where e.id is not null
       order by e.id, e.success desc
     ), locked as materialized (
-      select l.id, e.result, e.success, e.error, l.cancel_reason, l.again
+      select l.id, e.result, e.success, e.error, l.ends_as, l.cancel_reason, l.again
       from unique_ended e
       cross join lateral (
-        select j.id, j.cancel_reason, j.attempts < j.max_attempts as again from pgworker.job j
+        select j.id, j.ends_as, j.cancel_reason, j.attempts < j.max_attempts as again from pgworker.job j
         where j.id = e.id and j.locked_by = finish_jobs.worker_id and (e.attempt is null or j.attempts = e.attempt)
         for update) as l
     )
     select coalesce(array_agg(l.id) filter (where f.over), '{}'),
-           array_agg(case when l.cancel_reason is not null then 'cancelled' when l.success then 'completed'
-                          else 'failed' end) filter (where f.over),
+           array_agg(coalesce(l.ends_as, case when l.success then 'completed' else 'failed' end)) filter (where f.over),
            array_agg(coalesce(l.cancel_reason, l.error)) filter (where f.over),
            array_agg(l.result) filter (where f.over),
            coalesce(array_agg(l.id) filter (where not f.over), '{}'),
            array_agg(l.error) filter (where not f.over)
     into v_ids, v_states, v_errors, v_results, v_retry, v_messages
     from locked l
-    cross join lateral (select l.success or l.cancel_reason is not null or not l.again as over) as f;
+    cross join lateral (select l.success or l.ends_as is not null or not l.again as over) as f;
     if cardinality(v_ids) > 0 then
       perform pgworker.finish(v_ids, v_states, v_errors, v_results);
     end if;
@@ -270,9 +274,8 @@ declare
   v_job pgworker.job;
 begin
   v_job := pgworker.lock_held(complete_job.worker_id, complete_job.job_id, complete_job.attempt);
-  perform pgworker.finish(array[v_job.id],
-                          array[case when v_job.cancel_reason is null then 'completed' else 'cancelled' end],
-                          array[v_job.cancel_reason], array[complete_job.result]);
+  perform pgworker.finish(array[v_job.id], array[coalesce(v_job.ends_as, 'completed')], array[v_job.cancel_reason],
+                          array[complete_job.result]);
 end
 $$;
 comment on function pgworker.complete_job(bigint, bigint, jsonb, int) is
@@ -299,12 +302,11 @@ begin
       hint = 'Leave it out, or null, for the usual backoff; set permanent for no further attempt.';
   end if;
   v_job := pgworker.lock_held(fail_job.worker_id, fail_job.job_id, fail_job.attempt);
-  if v_job.cancel_reason is not null or v_job.attempts >= v_job.max_attempts or coalesce(permanent, false) then
+  if v_job.ends_as is not null or v_job.attempts >= v_job.max_attempts or coalesce(permanent, false) then
     if fail_job.payload is not null then
       update pgworker.job j set payload = fail_job.payload where j.id = v_job.id;
     end if;
-    perform pgworker.finish(array[v_job.id],
-                            array[case when v_job.cancel_reason is null then 'failed' else 'cancelled' end],
+    perform pgworker.finish(array[v_job.id], array[coalesce(v_job.ends_as, 'failed')],
                             array[coalesce(v_job.cancel_reason, v_error)], null);
   else
     perform pgworker.retry_later(array[v_job.id], array[v_error], fail_job.retry_at, fail_job.payload);
@@ -330,7 +332,7 @@ declare
   v_row pgworker.jobs;
 begin
   v_job := pgworker.lock_held(cancel_job.worker_id, cancel_job.job_id, cancel_job.attempt);
-  perform pgworker.finish(array[v_job.id], array['cancelled'],
+  perform pgworker.finish(array[v_job.id], array[coalesce(v_job.ends_as, 'cancelled')],
                           array[coalesce(v_job.cancel_reason, cancel_job.reason, 'cancelled by its handler')], null);
   select v.* into v_row from pgworker.jobs v where v.id = v_job.id;
   return v_row;
@@ -386,15 +388,3 @@ $$;
 comment on function pgworker.set_progress(bigint, bigint, jsonb) is
   'Keeps an intermediate result of a job that this worker holds: seen from outside at once, and by the next attempt. '
   'Raises PW001 if the worker does not hold it.';
-
-create function pgworker.wait_for_children(worker_id bigint, job_id bigint) returns boolean
-language plpgsql volatile parallel unsafe security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform pgworker.lock_held(wait_for_children.worker_id, wait_for_children.job_id, null);
-  return false;
-end
-$$;
-comment on function pgworker.wait_for_children(bigint, bigint) is
-  'False: a job that this worker holds has no children to wait for. Raises PW001 if the worker does not hold it.';

@@ -7,7 +7,8 @@
 --   held_jobs           what it holds, if it has lost count
 --   give_back           its jobs go back, whatever the reason
 --   forget_workers      workers that hold nothing any more
---   maintain            notices who has died, and prunes
+--   prune               finished jobs whose time is over
+--   maintain            notices who has died, does what was left to be done in trees, and prunes
 --
 -- A worker without a lease is present while some session holds the advisory lock (1886874482, low 31 bits of its id): it
 -- vanishes the moment the session dies, with nothing written while it lives. maintain() gives its jobs back when the lock
@@ -144,11 +145,11 @@ begin
                                    j.locked_by::text), p_reason)
   where j.id = any (v_ids) and p_reason is not null;
 
-  select array_agg(j.id), array_agg(case when j.cancel_reason is not null then 'cancelled' else 'failed' end),
+  select array_agg(j.id), array_agg(coalesce(j.ends_as, 'failed')),
          array_agg(coalesce(j.cancel_reason, j.last_error))
   into v_over, v_states, v_errors
   from pgworker.job j
-  where j.id = any (v_ids) and (j.cancel_reason is not null or (not p_refund and j.attempts >= j.max_attempts));
+  where j.id = any (v_ids) and (j.ends_as is not null or (not p_refund and j.attempts >= j.max_attempts));
   if v_over is not null then
     perform pgworker.finish(v_over, v_states, v_errors, null);
   end if;
@@ -230,6 +231,42 @@ $$;
 comment on function pgworker.unregister_worker(bigint) is
   'A worker says goodbye: what it still holds goes back with its attempt. Raises PW002 for an unknown worker.';
 
+create function pgworker.prune(p_now timestamptz) returns boolean
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_old   bigint[];
+  v_roots bigint[];
+  v_nodes bigint[];
+begin
+  v_old := array(select f.id from pgworker.finished f
+                 where f.keep_until < p_now and f.keep_until < 'infinity'
+                 order by f.keep_until limit 1000 for update skip locked);
+  if cardinality(v_old) = 0 then
+    return false;
+  end if;
+  -- A tree goes with its root and not before; where something of it is live after all, the root waits for that.
+  update pgworker.finished f set keep_until = p_now + interval '1 hour'
+  where f.id = any (v_old) and f.root_id is not null
+    and exists (select from pgworker.job j where j.root_id = f.id offset 0);
+  v_roots := array(select f.id from pgworker.finished f
+                   where f.id = any (v_old) and f.root_id is not null and f.keep_until < p_now);
+  v_nodes := array(select f.id from pgworker.finished f
+                   where f.root_id = any (v_roots) and f.parent_id is not null limit 1000);
+  delete from pgworker.finished f where f.id = any (v_nodes);
+  delete from pgworker.dependency d where d.job_id = any (v_nodes);
+  delete from pgworker.finished f
+  where f.id = any (v_old) and f.keep_until < p_now
+    and not exists (select from pgworker.finished o where o.root_id = f.id and o.parent_id is not null offset 0);
+  return cardinality(v_old) = 1000 or cardinality(v_nodes) > 0;
+end
+$$;
+comment on function pgworker.prune(timestamptz) is
+  'Internal: forgets finished jobs whose time is over, a thousand at most; true if there may be more.';
+
 create function pgworker.maintain() returns interval
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
@@ -241,7 +278,6 @@ declare
   v_worker record;
   v_dead   bigint[] := array[]::bigint[];
   v_next   interval := interval '1 second';
-  v_pruned bigint;
 begin
   -- One at a time is enough; the others have nothing to add.
   if not pg_try_advisory_xact_lock(1886874483, 1) then
@@ -288,16 +324,15 @@ begin
     perform pgworker.forget_workers(v_dead);
   end if;
 
-  delete from pgworker.finished f
-  where f.id in (select o.id from pgworker.finished o where o.keep_until < v_now
-                 order by o.keep_until limit 1000 for update skip locked);
-  get diagnostics v_pruned = row_count;
-  if v_pruned = 1000 then
+  if cardinality(v_dead) > 0 or pgworker.settle_leftovers() then
+    v_next := interval '0';                        -- there may be more; each in a transaction of its own
+  end if;
+  if pgworker.prune(v_now) then
     v_next := interval '0';
   end if;
   return greatest(v_next, interval '10 milliseconds');
 end
 $$;
 comment on function pgworker.maintain() is
-  'Gives back the jobs of workers that have vanished, and prunes finished jobs. Any session may call it, any number at '
-  'once; returns how long until the next call is useful.';
+  'Gives back the jobs of workers that have vanished, does what was left to be done in trees, and prunes finished jobs. '
+  'Any session may call it, any number at once; returns how long until the next call is useful.';

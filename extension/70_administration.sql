@@ -1,6 +1,6 @@
 -- 70_administration.sql: what an administrator does to jobs, queues and tasks
 --
---   complete_jobs, permanently_fail_jobs, reschedule_jobs, retry_jobs, cancel_jobs
+--   complete_jobs, permanently_fail_jobs, reschedule_jobs, cancel_jobs (retry_jobs is in 75_reviving.sql)
 --   force_unlock_workers, pause_queue, resume_queue, pause_task, resume_task, cleanup
 --
 -- Each changes what can be changed, touches nothing else and returns the jobs that it changed. Running jobs are left
@@ -34,7 +34,8 @@ begin
   v_failed := array(select f.id from pgworker.finished f
                     where f.id = any (complete_jobs.job_ids) and f.state = 'failed' order by f.id for update);
   update pgworker.finished f
-  set state = 'completed', finished_at = pgworker.clock(), keep_until = pgworker.clock() + interval '1 day'
+  set state = 'completed', finished_at = pgworker.clock(),
+      keep_until = case when f.parent_id is null then pgworker.clock() + interval '1 day' else f.keep_until end
   where f.id = any (v_failed);
   return query select r.* from pgworker.job_rows(v_ids || v_failed) r;
 end
@@ -59,46 +60,6 @@ $$;
 comment on function pgworker.permanently_fail_jobs(bigint[], text) is
   'Finishes those of these jobs that are not running as failed, with this message (default: Manually marked as failed). '
   'Returns the changed ones.';
-
--- Finished jobs of these ids and states become live again, with the attempts given, or their own. A key that a live job
--- has taken meanwhile stays with that one: the revived job runs without a key rather than not at all.
-create function pgworker.revive(
-  p_ids bigint[], p_states text[], p_run_at timestamptz, p_priority int, p_attempts int, p_max_attempts int
-) returns bigint[]
-language plpgsql volatile parallel unsafe
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-as $$
-declare
-  v_ids   bigint[];
-  v_keeps boolean;
-begin
-  v_ids := array(
-    select f.id from pgworker.finished f
-    where f.id = any (p_ids) and f.state = any (p_states)
-      and coalesce(p_attempts, f.attempts) < coalesce(p_max_attempts, f.max_attempts)
-    order by f.id
-    for update);
-  -- Twice: with their keys, in the order of keys, and what meets a live job once more without.
-  for v_keeps in select k.keeps from unnest(array[true, false]) with ordinality as k(keeps, n) order by k.n loop
-    insert into pgworker.job (id, run_at, created_at, parent_id, root_id, revision, priority, attempts, max_attempts,
-                              task_identifier, payload, queue_name, key, flags, last_error, progress, name, on_failure)
-    select f.id, coalesce(p_run_at, f.run_at), f.created_at, f.parent_id, f.root_id, f.revision,
-           coalesce(p_priority, f.priority), coalesce(p_attempts, f.attempts), coalesce(p_max_attempts, f.max_attempts),
-           f.task_identifier, f.payload, f.queue_name, case when v_keeps then f.key end, f.flags, f.last_error,
-           f.progress, f.name, f.on_failure
-    from pgworker.finished f
-    where f.id = any (v_ids) and (v_keeps or not exists (select from pgworker.job j where j.id = f.id offset 0))
-    order by f.key, f.id
-    on conflict (key) where key is not null do nothing;
-  end loop;
-  delete from pgworker.finished f where f.id = any (v_ids);
-  return v_ids;
-end
-$$;
-comment on function pgworker.revive(bigint[], text[], timestamptz, int, int, int) is
-  'Internal: makes finished jobs that have attempts left live again and returns their ids.';
 
 create function pgworker.reschedule_jobs(
   job_ids bigint[], run_at timestamptz default null, priority int default null, attempts int default null,
@@ -159,24 +120,6 @@ comment on function pgworker.reschedule_jobs(bigint[], timestamptz, int, int, in
   'again (at run_at, or when it was due before). Returns the changed ones. Raises 22023 for values out of add_job''s limits, and for a live '
   'job that would be left without an attempt.';
 
-create function pgworker.retry_jobs(job_ids bigint[]) returns setof pgworker.jobs
-language plpgsql volatile parallel unsafe
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_ids bigint[];
-begin
-  v_ids := pgworker.revive(retry_jobs.job_ids, array['failed', 'cancelled'], pgworker.clock(now()), null, 0, null);
-  if cardinality(v_ids) > 0 then
-    perform pgworker.wake();
-  end if;
-  return query select r.* from pgworker.job_rows(v_ids) r;
-end
-$$;
-comment on function pgworker.retry_jobs(bigint[]) is
-  'Failed and cancelled jobs run again, now and with fresh attempts; a key that a live job has taken meanwhile stays with '
-  'that one. Returns the changed ones.';
-
 create function pgworker.cancel_jobs(job_ids bigint[], reason text default null) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -187,32 +130,37 @@ declare
   v_reason  constant text := coalesce(cancel_jobs.reason, 'cancelled');
   v_ids     bigint[];
   v_running bigint[];
+  v_nodes   bigint[];
+  v_roots   bigint[];
+  v_below   bigint[];
 begin
   perform from pgworker.job j where j.id = any (cancel_jobs.job_ids) order by j.id for update;
+  select coalesce(array_agg(n.id), '{}'), coalesce(array_agg(n.root_id), '{}') into v_nodes, v_roots
+  from (select j.id, j.root_id from pgworker.job j where j.id = any (cancel_jobs.job_ids) and j.has_children
+        union all
+        select f.id, f.root_id from pgworker.finished f where f.id = any (cancel_jobs.job_ids) and f.has_children) as n;
+  v_below := array(select b.id from pgworker.live_below(v_nodes, v_roots) as b
+                   join pgworker.job j on j.id = b.id and j.ends_as is null
+                   where b.id <> all (cancel_jobs.job_ids));
+
   select coalesce(array_agg(j.id order by j.id), '{}') into v_ids
   from pgworker.job j where j.id = any (cancel_jobs.job_ids) and j.locked_by is null;
+  v_running := array(select j.id from pgworker.job j
+                     where j.id = any (cancel_jobs.job_ids) and j.locked_by is not null and j.ends_as is null
+                     order by j.id);
+  perform pgworker.ask_to_stop(v_running, 'cancelled', array_fill(v_reason, array[cardinality(v_running)]), null);
   perform pgworker.finish(v_ids, array_fill('cancelled'::text, array[cardinality(v_ids)]),
                           array_fill(v_reason, array[cardinality(v_ids)]), null);
-
-  with asked as (
-    update pgworker.job j set cancel_reason = v_reason
-    where j.id = any (cancel_jobs.job_ids) and j.locked_by is not null and j.cancel_reason is null
-    returning j.id, j.locked_by
-  ), told as (
-    insert into pgworker.notice (worker_id, job_id, notice)
-    select a.locked_by, a.id, 'cancel' from asked a
-    on conflict (worker_id, job_id) do update set notice = 'cancel'
-  )
-  select array_agg(a.id order by a.id) into v_running from asked a;
-  if v_running is not null then
-    perform pgworker.wake();                       -- workers look for notices when they wake up
-  end if;
-  return query select r.* from pgworker.job_rows(v_ids || v_running) r;
+  -- What was below those has gone with them; what is below others goes now.
+  perform pgworker.stop_below(v_nodes, v_roots, array_fill(v_reason, array[cardinality(v_nodes)]), v_nodes);
+  v_below := array(select b.id from unnest(v_below) as b(id)
+                   where not exists (select from pgworker.job j where j.id = b.id and j.ends_as is null offset 0));
+  return query select r.* from pgworker.job_rows(v_ids || v_running || v_below) r;
 end
 $$;
 comment on function pgworker.cancel_jobs(bigint[], text) is
-  'Cancels jobs: those that are not running at once; running ones are asked to stop (their workers'' heartbeats say so) '
-  'and end as cancelled whatever they report. The reason becomes last_error. Returns the changed ones.';
+  'Cancels jobs and everything below them: what is not running at once; what runs is asked to stop (heartbeats say so) '
+  'and ends as cancelled whatever is reported. The reason becomes last_error. Returns the changed ones.';
 
 create function pgworker.force_unlock_workers(worker_ids bigint[]) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe
@@ -329,7 +277,12 @@ begin
       hint = 'Known cleanup tasks: delete_failed_jobs, gc_task_identifiers, gc_job_queues.';
   end if;
   if 'delete_failed_jobs' = any (cleanup.tasks) then
-    delete from pgworker.finished f where f.state = 'failed';
+    -- Trees go as a whole, when they have failed as a whole.
+    delete from pgworker.finished f where f.state = 'failed' and f.root_id is null;
+    perform pgworker.forget(array_agg(f.id), array_agg(f.id))
+    from pgworker.finished f
+    where f.state = 'failed' and f.root_id = f.id
+      and not exists (select from pgworker.job j where j.root_id = f.id offset 0);
   end if;
   if 'gc_task_identifiers' = any (cleanup.tasks) then
     -- A task that is paused stays: its pause is a setting that somebody made.
@@ -348,5 +301,6 @@ begin
 end
 $$;
 comment on function pgworker.cleanup(text[]) is
-  'Housekeeping: delete_failed_jobs forgets failed jobs, gc_task_identifiers settings of tasks that change nothing and '
-  'have no job, gc_job_queues queues that are free, not paused and have no job. Raises 22023 for any other name.';
+  'Housekeeping: delete_failed_jobs forgets failed jobs (a tree as a whole, if its root failed), gc_task_identifiers '
+  'settings of tasks that change nothing and have no job, gc_job_queues queues that are free, not paused and have no '
+  'job. Raises 22023 for any other name.';

@@ -15,7 +15,7 @@ begin
     'pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text), '
     'pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text), '
     'pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text), '
-    'pgworker.add_jobs(jsonb), pgworker.trigger_job() to %s', role);
+    'pgworker.add_jobs(jsonb), pgworker.add_job_tree(jsonb), pgworker.trigger_job() to %s', role);
 end
 $$;
 comment on function pgworker.grant_producer(regrole) is 'Lets a role add jobs, and do nothing else.';
@@ -34,7 +34,9 @@ begin
     'pgworker.cancel_job(bigint, bigint, text, int), '
     'pgworker.finish_jobs(bigint, bigint[], jsonb[], bigint[], text[], int[]), '
     'pgworker.release_jobs(bigint, bigint[], int[]), pgworker.set_progress(bigint, bigint, jsonb), '
-    'pgworker.wait_for_children(bigint, bigint), pgworker.heartbeat(bigint), pgworker.held_jobs(bigint), '
+    'pgworker.add_children(bigint, bigint, jsonb), pgworker.wait_for_children(bigint, bigint, int), '
+    'pgworker.children(bigint), pgworker.get_children_values(bigint), pgworker.get_failed_children_values(bigint), '
+    'pgworker.heartbeat(bigint), pgworker.held_jobs(bigint), '
     'pgworker.unregister_worker(bigint), '
     'pgworker.maintain(), pgworker.next_run_at(text[]) to %s', role);
 end
@@ -51,7 +53,9 @@ begin
   execute format('grant select on pgworker.jobs to %s', role);
   -- clock and moved_clock: a view's functions run with the rights of who reads it
   execute format('grant execute on function pgworker.version(), pgworker.clock(timestamptz), '
-                 'pgworker.moved_clock(timestamptz), pgworker.next_run_at(text[]) to %s', role);
+                 'pgworker.moved_clock(timestamptz), pgworker.next_run_at(text[]), pgworker.children(bigint), '
+                 'pgworker.get_children_values(bigint), pgworker.get_failed_children_values(bigint), '
+                 'pgworker.job_tree(bigint), pgworker.tree_progress(bigint), pgworker.audit() to %s', role);
 end
 $$;
 comment on function pgworker.grant_observer(regrole) is 'Lets a role look at every job, and change nothing.';

@@ -39,9 +39,8 @@ select 'job ' || j.id || ' waits and is asked to stop'
 from pgworker.job j
 where j.locked_by is null and j.cancel_reason is not null
 union all
-select 'job ' || j.id || ' is waiting for something, but there are no trees'
-from pgworker.job j
-where j.waiting
+select 'job ' || a.job_id || ' ' || a.problem
+from pgworker.audit() a
 union all
 select 'job ' || f.id || ' is finished and live'
 from pgworker.finished f
@@ -71,7 +70,7 @@ def assert_all_claimable(conn: psycopg.Connection[Any]) -> list[int]:
     paused or forbidden.
     """
     assert conn.execute("select count(*) from pgworker.job where locked_by is not null").fetchone() == (0,)
-    live = {row[0] for row in conn.execute("select id from pgworker.jobs where state in ('ready', 'scheduled')")}
+    live = {row[0] for row in conn.execute("select id from pgworker.job")}  # what waits is released on the way
     conn.execute("select count(*) from pgworker.reschedule_jobs(%s, run_at => now())", [list(live)])
     (worker_id,) = conn.execute("select pgworker.register_worker('the one who clears up')").fetchone() or (0,)
     claimed: list[int] = []

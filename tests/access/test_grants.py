@@ -11,15 +11,18 @@ from tests.calling import Conn, add, call, claim_ids, register, rows, seen, valu
 from tests.connections import Connections
 from tests.lifecycle import STATES, job_in
 
-PRODUCER = {"version", "add_job", "add_jobs", "trigger_job"}
+PRODUCER = {"version", "add_job", "add_jobs", "add_job_tree", "trigger_job"}
 
 WORKER = PRODUCER | {
     "check_client", "register_worker", "get_jobs", "get_job", "complete_job", "fail_job", "cancel_job", "finish_jobs",
     "release_jobs", "set_progress", "wait_for_children", "heartbeat", "held_jobs", "unregister_worker", "maintain",
-    "next_run_at",
+    "next_run_at", "add_children", "children", "get_children_values", "get_failed_children_values",
 }  # fmt: skip
 
-OBSERVER = {"version", "next_run_at", "clock", "moved_clock"}  # the last two are what the view calls
+OBSERVER = {
+    "version", "next_run_at", "children", "get_children_values", "get_failed_children_values", "job_tree", "tree_progress",
+    "audit", "clock", "moved_clock",  # the last two are what the view calls
+}  # fmt: skip
 
 GRANTED: dict[str, set[str]] = {
     "grant_producer": PRODUCER, "grant_worker": WORKER, "grant_observer": OBSERVER, "": set(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,16 @@ def _populate(conn: Conn) -> dict[str, int]:
     call(conn, "complete_jobs", [known["completed by hand"]])
     call(conn, "pause_queue", "paused")
     call(conn, "pause_task", "paused")
+    tree = {
+        "identifier": "tree", "children": [
+            {"identifier": "first", "name": "first", "priority": -20}, {"identifier": "behind", "after": ["first"]},
+            {"identifier": "half", "children": [{"identifier": "leaf", "priority": -20}, {"identifier": "leaf"}]},
+        ],
+    }  # fmt: skip
+    known["half a tree"] = value(conn, "select id from pgworker.add_job_tree(%s::text::jsonb)", json.dumps(tree))
+    (leaf,) = claim_ids(conn, session, tasks=["leaf"])
+    call(conn, "complete_job", session, leaf, '{"n": 1}')
+    conn.execute("insert into pgworker.unsettled (job_id, what) values (%s, 'release')", [known["half a tree"]])
     known["never given out"] = value(conn, "select nextval('pgworker.job_id')")
     return known
 

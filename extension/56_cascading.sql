@@ -1,0 +1,313 @@
+-- 56_cascading.sql: the steps that the end of a job takes through its tree; 57_settling.sql puts them together and says
+-- which locks are taken in which order
+--
+--   postpone           what somebody's lock kept us from doing is left to maintain()
+--   announce           others may be claimed now
+--   count_down         counters, exactly
+--   release            parents whose children are done
+--   open_gates         whole phases: a job that waited for its siblings, and everything below it
+--   ask_to_stop        what runs cannot be ended here
+--   live_below         what there is to stop
+--   stop_below         cancels what is left of subtrees
+--   forget             removes what is stored of subtrees
+
+create function pgworker.postpone(
+  p_ids bigint[], p_what text, p_roots bigint[] default null, p_reasons text[] default null,
+  p_causes bigint[] default null
+) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into pgworker.unsettled (job_id, what, root_id, reason, cause_id)
+  select u.id, p_what, u.root_id, u.reason, u.cause_id
+  from unnest(p_ids, p_roots, p_reasons, p_causes) as u(id, root_id, reason, cause_id)
+  order by u.id
+  on conflict do nothing;
+end
+$$;
+comment on function pgworker.postpone(bigint[], text, bigint[], text[], bigint[]) is
+  'Internal: leaves to maintain() what could not be done to these jobs now, because somebody holds their rows.';
+
+create function pgworker.announce(p_ids bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+begin
+  if exists (select from pgworker.job j where j.id = any (p_ids) and not j.waiting and j.run_at <= pgworker.clock()) then
+    perform nextval('pgworker.epoch');             -- they keep their place in line, which lies behind the cursors
+    perform pgworker.wake();
+  end if;
+end
+$$;
+comment on function pgworker.announce(bigint[]) is
+  'Internal: lets workers know that these jobs, which did not wait in line until now, may be claimed.';
+
+create function pgworker.count_down(p_after boolean, p_ids bigint[], p_slots smallint[], p_held bigint[])
+returns bigint[]
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_empty bigint[];
+  v_done  bigint[];
+begin
+  if 0 < any (p_slots) then
+    with hit as materialized (
+      select u.job_id, u.slot, count(*)::int as n
+      from unnest(p_ids, p_slots) as u(job_id, slot)
+      where u.slot > 0
+      group by u.job_id, u.slot
+      order by u.job_id, u.slot
+    ), counted as (
+      update pgworker.counter c set pending = c.pending - h.n
+      from hit h
+      where c.job_id = any (array[h.job_id]) and c.after = p_after and c.slot = any (array[h.slot])
+      returning c.job_id, c.pending
+    )
+    select array_agg(c.job_id) filter (where c.pending = 0) into v_empty from counted c;
+  end if;
+  with hit as materialized (
+    select t.job_id, sum(t.n)::int as n
+    from (select u.job_id, 1 as n from unnest(p_ids, p_slots) as u(job_id, slot) where u.slot = 0
+          union all
+          select e.job_id, 1 from unnest(v_empty) as e(job_id)
+          union all
+          select h.job_id, 0 from unnest(p_held) as h(job_id)) as t
+    group by t.job_id
+    order by t.job_id
+  ), counted as (
+    update pgworker.counter c set pending = c.pending - h.n
+    from hit h
+    where c.job_id = any (array[h.job_id]) and c.after = p_after and c.slot = 0
+    returning c.job_id, c.pending, h.n
+  )
+  select array_agg(c.job_id) filter (where c.pending = 0 and c.n > 0) into v_done from counted c;
+  return v_done;
+end
+$$;
+comment on function pgworker.count_down(boolean, bigint[], smallint[], bigint[]) is
+  'Internal: takes what has ended off the counters of these jobs (one entry per ended job), and returns those that wait '
+  'for nothing any more. p_held: jobs whose total is to be locked as well.';
+
+create function pgworker.release(p_ids bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_locked bigint[];
+begin
+  v_locked := array(select j.id from pgworker.job j where j.id = any (p_ids) and j.waiting
+                    order by j.id for update skip locked);
+  perform pgworker.postpone(array(select j.id from pgworker.job j
+                                  where j.id = any (p_ids) and j.waiting and j.id <> all (v_locked)), 'release');
+  -- Behind a closed gate it goes on waiting: opening that looks at its children. And children may have come since
+  -- this was left to be done later.
+  update pgworker.job j set waiting = false
+  where j.id = any (v_locked) and j.gate_id is null
+    and not exists (select from pgworker.counter c
+                    where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0 offset 0);
+  perform pgworker.announce(v_locked);
+end
+$$;
+comment on function pgworker.release(bigint[]) is
+  'Internal: jobs whose children are done can be claimed, unless they wait for siblings too.';
+
+create function pgworker.open_gates(p_ids bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_gates bigint[] := p_ids;
+  v_open  bigint[];
+  v_rows  bigint[];
+  v_freed bigint[];
+begin
+  while cardinality(v_gates) > 0 loop
+    v_open := array(select j.id from pgworker.job j where j.id = any (v_gates) order by j.id for update skip locked);
+    perform pgworker.postpone(array(select j.id from pgworker.job j
+                                    where j.id = any (v_gates) and j.id <> all (v_open)), 'open');
+    -- A gate behind a closed one opens with that one.
+    v_open := array(select j.id from pgworker.job j
+                    where j.id = any (v_open) and (j.gate_id = j.id or j.gate_id is null));
+    delete from pgworker.counter c where c.job_id = any (v_open) and c.after;
+    v_rows := array(select j.id from pgworker.job j where j.gate_id = any (v_open) order by j.id for update skip locked);
+    if (select count(*) from pgworker.job j where j.gate_id = any (v_open)) > cardinality(v_rows) then
+      perform pgworker.postpone(v_open, 'open');
+    end if;
+    with opened as (
+      update pgworker.job j
+      set gate_id = case when o.pending > 0 then j.id end,
+          waiting = coalesce(o.pending > 0, false)
+                    or j.has_children and exists (select from pgworker.counter c
+                                                  where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0)
+      from unnest(v_rows) as r(id)
+      left join lateral (select c.pending from pgworker.counter c
+                         where c.job_id = r.id and c.after and c.slot = 0 offset 0) as o on true
+      where j.id = any (array[r.id])
+      returning j.id, j.waiting, o.pending
+    )
+    select array_agg(o.id) filter (where not o.waiting), array_agg(o.id) filter (where o.pending = 0)
+    into v_freed, v_gates
+    from opened o;
+    perform pgworker.announce(v_freed);
+  end loop;
+end
+$$;
+comment on function pgworker.open_gates(bigint[]) is
+  'Internal: jobs that waited for siblings need not any more: they and everything below them may start, as far as '
+  'nothing else holds it back.';
+
+create function pgworker.ask_to_stop(p_ids bigint[], p_state text, p_reasons text[], p_causes bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+begin
+  if coalesce(cardinality(p_ids), 0) = 0 then
+    return;
+  end if;
+  with asked as (
+    update pgworker.job j set ends_as = p_state, cancel_reason = u.reason, cause_id = u.cause_id
+    from unnest(p_ids, p_reasons, p_causes) as u(id, reason, cause_id)
+    where j.id = any (array[u.id])
+    returning j.id, j.locked_by
+  )
+  insert into pgworker.notice (worker_id, job_id, notice)
+  select a.locked_by, a.id, 'cancel' from asked a
+  on conflict (worker_id, job_id) do update set notice = 'cancel';
+  perform pgworker.wake();                         -- workers look for notices when they wake up
+end
+$$;
+comment on function pgworker.ask_to_stop(bigint[], text, text[], bigint[]) is
+  'Internal: jobs that run, whose rows the caller has locked, are to stop, and end as p_state whatever they report.';
+
+create function pgworker.live_below(p_ids bigint[], p_roots bigint[]) returns table (id bigint, n bigint)
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+begin
+  return query
+  with recursive below as (
+    select b.id, b.live, b.has_children, u.root_id, u.n
+    from unnest(p_ids, p_roots) with ordinality as u(id, root_id, n)
+    cross join lateral (
+      select j.id, true as live, j.has_children from pgworker.job j where j.root_id = u.root_id and j.parent_id = u.id
+      union all
+      select f.id, false, true from pgworker.finished f
+      where f.root_id = u.root_id and f.parent_id = u.id and f.has_children) as b
+    union all
+    select c.id, c.live, c.has_children, b.root_id, b.n
+    from below b
+    cross join lateral (
+      select j.id, true as live, j.has_children from pgworker.job j where j.root_id = b.root_id and j.parent_id = b.id
+      union all
+      select f.id, false, true from pgworker.finished f
+      where f.root_id = b.root_id and f.parent_id = b.id and f.has_children) as c
+    where b.has_children
+  )
+  select b.id, min(b.n) from below b where b.live group by b.id order by b.id;
+end
+$$;
+comment on function pgworker.live_below(bigint[], bigint[]) is
+  'Internal: what is live below these jobs (p_roots: of which trees), and below which of them, by its place in p_ids.';
+
+create function pgworker.stop_below(p_ids bigint[], p_roots bigint[], p_reasons text[], p_causes bigint[])
+returns bigint[]
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_ids     bigint[];
+  v_of      bigint[];                              -- below which of p_ids, by its place there
+  v_held    bigint;
+  v_pending bigint[];
+  v_running bigint[];
+  v_reasons text[];
+  v_causes  bigint[];
+  v_told    text[];
+  v_told_causes bigint[];
+begin
+  select array_agg(b.id order by b.id), array_agg(b.n order by b.id) into v_ids, v_of
+  from pgworker.live_below(p_ids, p_roots) as b;
+  if v_ids is null then
+    return array[]::bigint[];
+  end if;
+
+  with held as materialized (
+    select l.id, l.runs, l.asked, u.n
+    from unnest(v_ids, v_of) as u(id, n)
+    cross join lateral (select j.id, j.locked_by is not null as runs, j.ends_as is not null as asked
+                        from pgworker.job j where j.id = u.id for update skip locked) as l
+  )
+  select count(*), array_agg(h.id) filter (where not h.runs), array_agg(h.id) filter (where h.runs and not h.asked),
+         array_agg(p_reasons[h.n]) filter (where not h.runs), array_agg(p_causes[h.n]) filter (where not h.runs),
+         array_agg(p_reasons[h.n]) filter (where h.runs and not h.asked),
+         array_agg(p_causes[h.n]) filter (where h.runs and not h.asked)
+  into v_held, v_pending, v_running, v_reasons, v_causes, v_told, v_told_causes
+  from held h;
+  if v_held < cardinality(v_ids) then
+    perform pgworker.postpone(p_ids, 'stop', p_roots, p_reasons, p_causes);
+  end if;
+  perform pgworker.ask_to_stop(v_running, 'cancelled', v_told, v_told_causes);
+  if v_pending is not null then
+    perform pgworker.finish(v_pending, array_fill('cancelled'::text, array[cardinality(v_pending)]), v_reasons, null,
+                            false, v_causes);
+  end if;
+  return coalesce(v_pending, array[]::bigint[]) || v_running;
+end
+$$;
+comment on function pgworker.stop_below(bigint[], bigint[], text[], bigint[]) is
+  'Internal: what is live below these jobs (p_roots: of which trees) ends as cancelled, with these reasons and causes; '
+  'what runs is asked to stop. Returns the ids.';
+
+create function pgworker.forget(p_ids bigint[], p_roots bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_ids bigint[];
+begin
+  with recursive below as (
+    select u.id, u.root_id from unnest(p_ids, p_roots) as u(id, root_id)
+    union all
+    select c.id, b.root_id
+    from below b
+    cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id) as c
+  )
+  select array_agg(b.id) into v_ids from below b;
+  delete from pgworker.finished f where f.id = any (v_ids);
+  delete from pgworker.dependency d where d.after_id = any (v_ids);
+  delete from pgworker.dependency d where d.job_id = any (v_ids);
+end
+$$;
+comment on function pgworker.forget(bigint[], bigint[]) is
+  'Internal: removes what is stored of these jobs and of everything below them. What still runs there goes when it ends.';

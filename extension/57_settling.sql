@@ -1,0 +1,300 @@
+-- 57_settling.sql: what the end of a job means for the others in its tree
+--
+--   settle             statement trigger on job: whatever takes a job of a tree away comes through here
+--   settle_ended       level by level upwards: what is below stops, followers start, parents are released or fail
+--   settle_followers   the after of siblings
+--   fail_parents       the policy fail-parent
+--   settle_leftovers   which does it
+--
+-- A trigger, not a call in finish(): so it does not matter who ends a job and how, a plain DELETE by an administrator
+-- included, and nothing can be forgotten.
+--
+-- Exactly once, never early, never lost. A parent waits for a number, counter.pending of slot 0. Each child is counted in
+-- one row of counter (its slot), and whoever ends the child, and nobody else, since a row is deleted once, takes it off
+-- there in the same transaction, under the row lock of the counter. So pending passes zero in exactly one transaction,
+-- which sees it (a session that waited for the lock goes on with what the other has committed, and with nothing of it if
+-- the other rolled back), and that one releases the parent. There is no look at "are all my siblings finished?", which two
+-- sessions that end the last two children at once would both answer with no. Nothing is clamped: less than nothing pending
+-- breaks a check constraint and with it the transaction.
+--
+-- Siblings that end one by one in many sessions would all wait for each other's commits on one row. The count of a parent
+-- with many children is therefore spread: child i is counted in slot 1 + i mod K (30 children and more; K at most 32), and
+-- whoever brings a slot to zero takes one off slot 0, which counts the slots.
+--
+-- Locks. Ending jobs lock their own rows first (by id), as everywhere; no counter is locked by then. Then, from the deepest
+-- level of the trees upwards: counters of children, parts by (job, slot), then totals by job; then, for the level above,
+-- those of after, likewise. Waiting is done for these only, always in this order, so no two sessions can wait for each
+-- other. Rows of other jobs (parents to be released or failed, phases, what is to be stopped below) are locked with SKIP
+-- LOCKED: somebody may hold them for long (a producer that replaces a waiting job by its key, in an open transaction), or
+-- wait for us. What is skipped is written down in unsettled, and maintain(), which runs every second, does it.
+
+create type pgworker.ended as (
+  id bigint, parent_id bigint, root_id bigint, depth int, slot smallint, owns boolean, stops boolean,
+  has_followers boolean, fails boolean, vanishes boolean, title text, state text, error text, reason text, cause_id bigint
+);
+comment on type pgworker.ended is
+  'Internal: a job that has left the live table. owns: it may have counters; stops: what is below it is not to go on; '
+  'fails: its parent is to fail with it, else whoever waits for it goes on; vanishes: nothing is to be kept of it; state: '
+  'null if it was deleted; error: its last error, which what is below it is told; reason: what stood at the beginning.';
+
+create function pgworker.fail_parents(p_children pgworker.ended[]) returns pgworker.ended[]
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_ids     bigint[];
+  v_errors  text[];
+  v_causes  bigint[];
+  v_reasons text[];
+  v_held    bigint[];
+  v_failed  pgworker.ended[];
+begin
+  select array_agg(c.parent_id), array_agg(c.error), array_agg(c.cause_id), array_agg(c.reason)
+  into v_ids, v_errors, v_causes, v_reasons
+  from (select distinct on (e.parent_id) e.parent_id, coalesce(e.cause_id, e.id) as cause_id, e.reason,
+               format('child %s (%s) %s', e.id, e.title, coalesce(e.state, 'was removed'))
+                 || coalesce(' because of job ' || e.cause_id, '') || coalesce(': ' || e.reason, '') as error
+        from unnest(p_children) as e
+        order by e.parent_id, e.id) as c;
+
+  v_held := array(select j.id from pgworker.job j where j.id = any (v_ids) order by j.id for update skip locked);
+  perform pgworker.postpone(array_agg(j.id), 'fail', null, array_agg(u.error), array_agg(u.cause_id))
+  from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
+  join pgworker.job j on j.id = u.id
+  where j.id <> all (v_held);
+  perform pgworker.ask_to_stop(array_agg(j.id), 'failed', array_agg(u.error), array_agg(u.cause_id))
+  from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
+  join pgworker.job j on j.id = u.id
+  where j.id = any (v_held) and j.locked_by is not null and j.ends_as is null;
+
+  select array_agg(row(j.id, j.parent_id, j.root_id, j.depth, j.slot, true, j.has_children, j.has_followers,
+                       coalesce(j.on_failure, 'fail-parent') = 'fail-parent',
+                       coalesce(j.on_failure = 'remove', false) and j.parent_id is not null,
+                       coalesce(j.name, j.task_identifier), 'failed', u.error, u.reason,
+                       u.cause_id)::pgworker.ended order by j.id),
+         array_agg(j.id order by j.id), array_agg(u.error order by j.id), array_agg(u.cause_id order by j.id)
+  into v_failed, v_ids, v_errors, v_causes
+  from unnest(v_ids, v_errors, v_causes, v_reasons) as u(id, error, cause_id, reason)
+  join pgworker.job j on j.id = u.id
+  where j.id = any (v_held) and j.locked_by is null;
+  if v_ids is not null then
+    update pgworker.job j set settled = true where j.id = any (v_ids);
+    perform pgworker.finish(v_ids, array_fill('failed'::text, array[cardinality(v_ids)]), v_errors, null, false, v_causes);
+  end if;
+  return v_failed;
+end
+$$;
+comment on function pgworker.fail_parents(pgworker.ended[]) is
+  'Internal: the parents of these jobs, which have not ended well, fail because of them; those that run are asked to '
+  'stop. Returns the ones that have ended, marked as settled: what that means is the caller''s next step.';
+
+create function pgworker.settle_followers(p_ended pgworker.ended[], p_parents bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_ids     bigint[];
+  v_slots   smallint[];
+  v_errors  text[];
+  v_causes  bigint[];
+begin
+  select array_agg(d.job_id), array_agg(d.slot) into v_ids, v_slots
+  from unnest(p_ended) as e
+  cross join lateral (select d.job_id, d.slot from pgworker.dependency d where d.after_id = e.id offset 0) as d
+  where e.has_followers and not e.fails;
+  if v_ids is not null then
+    perform pgworker.open_gates(pgworker.count_down(true, v_ids, v_slots, null));
+  end if;
+
+  -- When there is a parent it fails, and takes them with it. Without one they would wait for ever.
+  with recursive behind as (
+    select d.job_id, e.error, coalesce(e.cause_id, e.id) as cause_id
+    from unnest(p_ended) as e
+    cross join lateral (select d.job_id from pgworker.dependency d where d.after_id = e.id offset 0) as d
+    where e.has_followers and e.fails and e.parent_id <> all (p_parents)
+    union
+    select d.job_id, b.error, b.cause_id
+    from behind b
+    cross join lateral (select d.job_id from pgworker.dependency d where d.after_id = b.job_id offset 0) as d
+  ), held as materialized (
+    select l.id, b.error, b.cause_id
+    from (select distinct on (u.job_id) u.job_id, u.error, u.cause_id from behind u order by u.job_id) as b
+    cross join lateral (select j.id from pgworker.job j
+                        where j.id = b.job_id and j.locked_by is null for update skip locked) as l
+  )
+  select array_agg(h.id), array_agg(h.error), array_agg(h.cause_id) into v_ids, v_errors, v_causes from held h;
+  if v_ids is not null then
+    perform pgworker.finish(v_ids, array_fill('cancelled'::text, array[cardinality(v_ids)]), v_errors, null, false,
+                            v_causes);
+  end if;
+end
+$$;
+comment on function pgworker.settle_followers(pgworker.ended[], bigint[]) is
+  'Internal: siblings that waited for jobs that have ended start, or, where these did not end well and no parent is '
+  'there to fail (p_parents: those that are), end as cancelled.';
+
+create function pgworker.settle_ended(p_ended pgworker.ended[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_rest    pgworker.ended[] := p_ended;
+  v_level   pgworker.ended[];
+  v_failing pgworker.ended[];
+  v_depth   int;
+  v_parents bigint[];                              -- those that are live
+  v_ids     bigint[];
+  v_slots   smallint[];
+  v_roots   bigint[];
+  v_errors  text[];
+  v_causes  bigint[];
+  v_follow  boolean;
+begin
+  while cardinality(v_rest) > 0 loop
+    select max(e.depth), bool_or(e.has_followers) into v_depth, v_follow from unnest(v_rest) as e;
+    v_level := array(select e from unnest(v_rest) as e where e.depth = v_depth);
+    v_rest := array(select e from unnest(v_rest) as e where e.depth < v_depth);
+
+    -- Downwards. Counters of what is gone: a session that is just counting down on one holds it.
+    select array_agg(e.id) into v_ids from unnest(v_level) as e where e.owns;
+    if v_ids is not null then
+      delete from pgworker.counter c
+      where c.ctid = any (array(select o.ctid from pgworker.counter o where o.job_id = any (v_ids) for update skip locked));
+      perform pgworker.postpone(array(select distinct c.job_id from pgworker.counter c where c.job_id = any (v_ids)), 'forget');
+      select array_agg(e.id), array_agg(e.root_id), array_agg(e.error), array_agg(coalesce(e.cause_id, e.id))
+      into v_ids, v_roots, v_errors, v_causes
+      from unnest(v_level) as e where e.stops;
+      if v_ids is not null then
+        perform pgworker.stop_below(v_ids, v_roots, v_errors, v_causes);
+      end if;
+    end if;
+
+    -- Sideways.
+    v_parents := array(select p.id from pgworker.job p
+                       where p.id = any (array(select distinct e.parent_id from unnest(v_level) as e)));
+    if v_follow then
+      perform pgworker.settle_followers(v_level, v_parents);
+    end if;
+
+    -- Upwards.
+    select array_agg(e.parent_id) filter (where not e.fails), array_agg(e.slot) filter (where not e.fails),
+           array_agg(e) filter (where e.fails)
+    into v_ids, v_slots, v_failing
+    from unnest(v_level) as e where e.slot is not null and e.parent_id = any (v_parents);
+    if v_ids is not null or v_failing is not null then
+      v_ids := pgworker.count_down(false, v_ids, v_slots, array(select f.parent_id from unnest(v_failing) as f));
+      if v_ids is not null then
+        perform pgworker.release(array(select u.id from unnest(v_ids) as u(id)
+                                       except select f.parent_id from unnest(v_failing) as f));
+      end if;
+      if v_failing is not null then
+        v_rest := v_rest || pgworker.fail_parents(v_failing);
+      end if;
+    end if;
+
+    -- What nobody is to see any more: by policy, because it was deleted, or because its parent was.
+    select array_agg(e.id), array_agg(e.root_id) into v_ids, v_roots
+    from unnest(v_level) as e
+    where e.vanishes
+       or e.parent_id is not null and e.parent_id <> all (v_parents)
+          and not exists (select from pgworker.finished f where f.id = e.parent_id offset 0);
+    if v_ids is not null then
+      perform pgworker.forget(v_ids, v_roots);
+    end if;
+  end loop;
+end
+$$;
+comment on function pgworker.settle_ended(pgworker.ended[]) is
+  'Internal: does what the end of these jobs means for the others in their trees.';
+
+-- SECURITY DEFINER: whoever may delete a job need not know of trees.
+create function pgworker.settle() returns trigger
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_ended pgworker.ended[];
+begin
+  select array_agg(row(g.id, g.parent_id, g.root_id, g.depth, g.slot, g.has_children or g.waiting,
+                       g.has_children and (g.locked_by is null or f.state is distinct from 'completed'),
+                       g.has_followers,
+                       f.state is distinct from 'completed' and coalesce(g.on_failure, 'fail-parent') = 'fail-parent',
+                       f.state is null or f.state <> 'completed' and coalesce(g.on_failure = 'remove', false)
+                                          and g.parent_id is not null,
+                       coalesce(g.name, g.task_identifier), f.state, coalesce(f.error, format('job %s was removed', g.id)),
+                       f.error, f.cause_id)::pgworker.ended)
+  into v_ended
+  from gone g
+  left join lateral (
+    select o.state, o.cause_id,
+           case when o.state = 'completed' then format('job %s was completed', o.id) else o.last_error end as error
+    from pgworker.finished o where o.id = g.id offset 0) as f on true
+  where g.root_id is not null and not g.settled;
+  if v_ended is not null then
+    perform pgworker.settle_ended(v_ended);
+  end if;
+  return null;
+end
+$$;
+comment on function pgworker.settle() is
+  'Internal: trigger function of table job: jobs have left it, and others in their trees may have waited for them.';
+
+create trigger settle after delete on pgworker.job
+referencing old table as gone for each statement execute function pgworker.settle();
+
+create function pgworker.settle_leftovers() returns boolean
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_left record;
+begin
+  -- One a call: each may lock counters upwards from where it is, and two in one transaction might do so out of order.
+  delete from pgworker.unsettled u
+  where u.ctid = any (array(select o.ctid from pgworker.unsettled o order by o.job_id limit 1 for update skip locked))
+  returning u.job_id, u.what, u.root_id, u.reason, u.cause_id into v_left;
+  if not found then
+    return false;
+  end if;
+  case v_left.what
+    when 'release' then
+      perform pgworker.release(array[v_left.job_id]);
+    when 'open' then
+      perform pgworker.open_gates(array[v_left.job_id]);
+    when 'stop' then
+      perform pgworker.stop_below(array[v_left.job_id], array[v_left.root_id], array[v_left.reason], array[v_left.cause_id]);
+    when 'fail' then
+      if exists (select from pgworker.job j where j.id = v_left.job_id for update skip locked) then
+        perform pgworker.ask_to_stop(array[j.id], 'failed', array[v_left.reason], array[v_left.cause_id])
+        from pgworker.job j where j.id = v_left.job_id and j.locked_by is not null and j.ends_as is null;
+        perform pgworker.finish(array[j.id], array['failed'], array[v_left.reason], null, false, array[v_left.cause_id])
+        from pgworker.job j where j.id = v_left.job_id and j.locked_by is null;
+      elsif exists (select from pgworker.job j where j.id = v_left.job_id) then
+        perform pgworker.postpone(array[v_left.job_id], 'fail', null, array[v_left.reason], array[v_left.cause_id]);
+      end if;
+    else
+      delete from pgworker.counter c
+      where c.job_id = v_left.job_id and not exists (select from pgworker.job j where j.id = v_left.job_id);
+  end case;
+  return true;
+end
+$$;
+comment on function pgworker.settle_leftovers() is
+  'Internal: does one of the things that postpone() has left; false if there is none.';

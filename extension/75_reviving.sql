@@ -1,0 +1,195 @@
+-- 75_reviving.sql: finished jobs that run again
+--
+--   consequences    what in their trees ended only because of these jobs
+--   rejoin          jobs that are live again find their place in their trees
+--   revive          makes finished jobs live
+--   retry_jobs      the public function
+--
+-- Every job that failed or was cancelled because of another one says so (cause_id, which is always where it began). So a
+-- retry undoes what followed: the siblings that were cancelled and the ancestors that failed are live again, and wait.
+-- What completed stays completed.
+-- Locks: finished rows by id; then, for parents that are live, totals of their counters, deepest first, as in
+-- 57_settling.sql.
+
+create function pgworker.consequences(p_ids bigint[]) returns bigint[]
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f
+                                     where f.id = any (p_ids) and f.root_id is not null);
+  v_again bigint[];
+begin
+  with recursive below as (
+    select f.id, f.root_id from pgworker.finished f where f.id = any (p_ids) and f.root_id is not null
+    union
+    select c.id, b.root_id
+    from below b
+    cross join lateral (select f.id from pgworker.finished f
+                        where f.root_id = b.root_id and f.parent_id = b.id and f.state in ('failed', 'cancelled')) as c
+  )
+  select array_agg(b.id) into v_again from below b;
+  return array(
+    select u.id from unnest(v_again) as u(id)
+    union
+    select f.id from pgworker.finished f where f.root_id = any (v_roots) and f.cause_id = any (v_again)
+    except
+    select u.id from unnest(p_ids) as u(id));
+end
+$$;
+comment on function pgworker.consequences(bigint[]) is
+  'Internal: what else is to run again when these finished jobs do: whatever failed or was cancelled below them, and '
+  'whatever did so anywhere in the tree because of any of these.';
+
+create function pgworker.rejoin(p_ids bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_depth int;
+begin
+  -- Counted again: by a live parent whose counter is there (else it has ended, or never waited for anybody), ...
+  with parent as materialized (
+    select p.id, count(*) as n
+    from pgworker.job j
+    join pgworker.job p on p.id = j.parent_id
+    where j.id = any (p_ids) and p.id <> all (p_ids)
+    group by p.id, p.depth
+    order by p.depth desc, p.id
+  ), counted as (
+    update pgworker.counter c set pending = c.pending + p.n
+    from parent p
+    where c.job_id = any (array[p.id]) and not c.after and c.slot = 0
+    returning c.job_id
+  )
+  update pgworker.job j set slot = 0
+  from counted c
+  where j.id = any (p_ids) and j.parent_id = c.job_id;
+
+  -- ... and by parents that are live again themselves, with whatever of theirs is live. One that was asked to stop because
+  -- of what is being undone need not any more.
+  delete from pgworker.notice n
+  using pgworker.job j
+  where n.job_id = j.id and n.notice = 'cancel' and j.parent_id = any (p_ids) and j.locked_by = n.worker_id
+    and j.cause_id = any (p_ids);
+  with child as (
+    update pgworker.job j
+    set slot = 0, ends_as = case when j.cause_id = any (p_ids) then null else j.ends_as end,
+        cancel_reason = case when j.cause_id = any (p_ids) then null else j.cancel_reason end,
+        cause_id = case when j.cause_id = any (p_ids) then null else j.cause_id end
+    where j.root_id = any (array(select distinct r.root_id from pgworker.job r where r.id = any (p_ids)))
+      and j.parent_id = any (p_ids)
+    returning j.parent_id
+  )
+  insert into pgworker.counter (job_id, after, slot, pending)
+  select c.parent_id, false, 0, count(*) from child c group by c.parent_id order by c.parent_id;
+
+  -- Siblings that have to finish first.
+  with waits as (
+    select d.job_id, count(*) as n
+    from pgworker.dependency d
+    where d.job_id = any (p_ids) and exists (select from pgworker.job a where a.id = d.after_id offset 0)
+    group by d.job_id
+  ), counted as (
+    insert into pgworker.counter (job_id, after, slot, pending)
+    select w.job_id, true, 0, w.n from waits w order by w.job_id
+    returning job_id
+  )
+  update pgworker.dependency d set slot = 0 from counted c where d.job_id = c.job_id;
+
+  -- The nearest closed gate, from above downwards, since it may be the parent's.
+  for v_depth in select distinct j.depth from pgworker.job j where j.id = any (p_ids) order by j.depth loop
+    update pgworker.job j
+    set gate_id = coalesce(
+          (select case when exists (select from pgworker.counter o where o.job_id = p.id and o.after and o.slot = 0)
+                       then p.id else p.gate_id end
+           from pgworker.job p where p.id = j.parent_id),
+          (select c.job_id from pgworker.counter c where c.job_id = j.id and c.after and c.slot = 0))
+    where j.id = any (p_ids) and j.depth = v_depth;
+  end loop;
+  update pgworker.job j set waiting = false
+  where j.id = any (p_ids) and j.gate_id is null
+    and not exists (select from pgworker.counter c where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0);
+end
+$$;
+comment on function pgworker.rejoin(bigint[]) is
+  'Internal: jobs of trees that are live again, marked as waiting, are counted by their parents, wait for siblings and '
+  'children as far as these are live, and are free to start if nothing holds them back.';
+
+-- A key that a live job has taken meanwhile stays with that one: the revived job runs without a key rather than not at all.
+create function pgworker.revive(
+  p_ids bigint[], p_states text[], p_run_at timestamptz, p_priority int, p_attempts int, p_max_attempts int
+) returns bigint[]
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_asked bigint[];
+  v_ids   bigint[];
+  v_nodes bigint[];
+  v_keeps boolean;
+begin
+  v_asked := array(
+    select f.id from pgworker.finished f
+    where f.id = any (p_ids) and f.state = any (p_states)
+      and coalesce(p_attempts, f.attempts) < coalesce(p_max_attempts, f.max_attempts)
+    order by f.id);
+  v_ids := array(
+    select f.id from pgworker.finished f
+    where f.id = any (v_asked || pgworker.consequences(v_asked)) and f.state in ('failed', 'cancelled')
+    order by f.id
+    for update);
+  -- Twice: with their keys, in the order of keys, and what meets a live job once more without.
+  for v_keeps in select k.keeps from unnest(array[true, false]) with ordinality as k(keeps, n) order by k.n loop
+    insert into pgworker.job (id, run_at, created_at, parent_id, root_id, depth, revision, priority, attempts,
+                              max_attempts, waiting, has_children, has_followers, task_identifier, payload, queue_name,
+                              key, flags, last_error, progress, name, on_failure)
+    select f.id, case when a.asked then coalesce(p_run_at, f.run_at) else f.run_at end, f.created_at, f.parent_id,
+           f.root_id, f.depth, f.revision, case when a.asked then coalesce(p_priority, f.priority) else f.priority end,
+           case when a.asked then coalesce(p_attempts, f.attempts) else 0 end,
+           case when a.asked then coalesce(p_max_attempts, f.max_attempts) else f.max_attempts end,
+           f.root_id is not null, f.has_children, f.has_followers, f.task_identifier, f.payload, f.queue_name,
+           case when v_keeps then f.key end, f.flags, case when f.cause_id is null then f.last_error end, f.progress,
+           f.name, f.on_failure
+    from pgworker.finished f
+    cross join lateral (select f.id = any (v_asked) as asked) as a
+    where f.id = any (v_ids) and (v_keeps or not exists (select from pgworker.job j where j.id = f.id offset 0))
+    order by f.key, f.id
+    on conflict (key) where key is not null do nothing;
+  end loop;
+  delete from pgworker.finished f where f.id = any (v_ids);
+  v_nodes := array(select j.id from pgworker.job j where j.id = any (v_ids) and j.root_id is not null);
+  if cardinality(v_nodes) > 0 then
+    perform pgworker.rejoin(v_nodes);
+  end if;
+  return v_ids;
+end
+$$;
+comment on function pgworker.revive(bigint[], text[], timestamptz, int, int, int) is
+  'Internal: makes finished jobs that have attempts left live again, in trees with what followed from their end, and '
+  'returns the ids of all.';
+
+create function pgworker.retry_jobs(job_ids bigint[]) returns setof pgworker.jobs
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids bigint[];
+begin
+  v_ids := pgworker.revive(retry_jobs.job_ids, array['failed', 'cancelled'], pgworker.clock(now()), null, 0, null);
+  perform pgworker.announce(v_ids);
+  return query select r.* from pgworker.job_rows(v_ids) r;
+end
+$$;
+comment on function pgworker.retry_jobs(bigint[]) is
+  'Failed and cancelled jobs run again, now and with fresh attempts; a key that a live job has taken meanwhile stays with '
+  'that one. In a tree, so does what failed or was cancelled below them; ancestors that failed because of them, and '
+  'siblings that were cancelled with these, are live again; what completed stays completed. Returns all of these.';
