@@ -20,8 +20,8 @@ WORKER = PRODUCER | {
 }  # fmt: skip
 
 OBSERVER = {
-    "version", "next_run_at", "children", "get_children_values", "get_failed_children_values", "job_tree", "tree_progress",
-    "audit", "clock", "moved_clock",  # the last two are what the view calls
+    "version", "next_run_at", "children", "get_children_values", "get_failed_children_values", "job_tree",
+    "tree_progress", "audit", "clock", "moved_clock",  # the last two are what the view calls
 }  # fmt: skip
 
 GRANTED: dict[str, set[str]] = {
