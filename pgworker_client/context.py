@@ -146,8 +146,8 @@ class Context:
         """End this run if a child is not finished yet: the handler is started again, from the top, when all are.
 
         It ends by an exception, `WaitsForChildren`, that must be let pass; a block of `connection` or `transaction`
-        that it leaves is rolled back. The attempt does not count. Returns when there is nothing to wait for. Raises
-        JobLost if the job is not held any more.
+        that it leaves is rolled back. The attempt does not count. Returns when there is nothing to wait for, or the
+        job is to stop. Raises JobLost if the job is not held any more.
         """
         unknown = False
         while True:

@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pgworker_client import (
     Context,
@@ -97,6 +98,13 @@ def test_an_unknown_job_is_an_error_in_one_line(spawn: Spawn, db: Db) -> None:
         assert err.splitlines() == [
             f"pgworker: no job 42 in database {db.info.dbname}: there never was one, or it has ended and is not kept"
         ]
+
+
+def test_whoever_may_look_can_look_at_trees(spawn: Spawn, dsn: str, db: Db, role: Callable[..., str]) -> None:
+    db.execute(f"select pgworker.grant_observer('{role('eye')}')")
+    root = add_job_tree(db, Node("top", children=[Node("t")]))
+    status, out, _ = ended(spawn("tree", str(root.id), "--dsn", make_conninfo(dsn, user="eye")))
+    assert (status, len(out.splitlines())) == (0, 3)
 
 
 def test_a_running_job_shows_how_long(spawn: Spawn, db: Db) -> None:

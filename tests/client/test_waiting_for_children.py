@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
@@ -27,9 +27,18 @@ from pgworker_client import (
 from pgworker_client.connection import Link
 from pgworker_client.errors import LinkDown
 from tests.client.background import running
+from tests.invariants import assert_consistent
 from tests.waiting import until, until_row
 
 Db = psycopg.Connection[Any]
+
+
+@pytest.fixture(autouse=True)
+def _consistent(dsn: str) -> Iterator[None]:
+    """Whatever a test does, every counter, state and link agrees afterwards."""
+    yield
+    with psycopg.connect(dsn) as conn:
+        assert_consistent(conn)
 
 
 # With one runner a child cannot be done before its parent waits for it.
@@ -137,6 +146,33 @@ def test_a_child_that_fails_for_good_fails_the_parent_that_waits(dsn: str, db: D
     state, error = job(db, root.id, "state, last_error")
     assert state == "failed"
     assert "out of paper" in error
+
+
+async def _work_on_async(_payload: Any, ctx: Context) -> None:
+    await ctx.add_children([Node("bad")])
+    try:
+        await asyncio.sleep(60)
+    finally:
+        ctx.state.append(ctx.cancelled.is_set())
+
+
+def _work_on_sync(_payload: Any, ctx: BlockingContext) -> None:
+    ctx.add_children([Node("bad")])
+    ctx.state.append(ctx.cancelled.wait(20))
+    ctx.wait_for_children()  # nothing to wait for: it goes on, and ends as it was told
+
+
+@pytest.mark.parametrize("handler", [_work_on_async, _work_on_sync])
+def test_a_child_that_fails_for_good_stops_the_parent_that_runs(dsn: str, db: Db, handler: Any) -> None:
+    async def bad(_payload: Any, _ctx: Context) -> None:
+        raise Fail("out of paper")
+
+    seen: list[bool] = []
+    root = add_job(db, "t")
+    with running(Worker(dsn, tasks={"t": handler, "bad": bad}, state=seen, poll_interval=0.1)):
+        until_row(db, "select 1 from pgworker.jobs where id = %s and state = 'failed'", root.id)
+    assert seen == [True]
+    assert "out of paper" in job(db, root.id, "last_error")[0]
 
 
 def test_a_bad_child_is_refused_in_the_handler_with_its_place(dsn: str, db: Db) -> None:
@@ -369,6 +405,6 @@ def test_a_role_that_may_work_and_nothing_else_is_enough(dsn: str, db: Db, role:
     db.execute(f"select pgworker.grant_worker('{role('hand')}')")
     root = add_job(db, "sum", {})
     db.execute("update pgworker.job set payload = '[1, 2]'")
-    worker = Worker(make_conninfo(dsn, user="hand"), tasks={"sum": _sum_sync, "square": square}, state=[])
-    worker.run_once()
+    tasks: dict[str, Any] = {"sum": _sum_sync, "square": square}
+    Worker(make_conninfo(dsn, user="hand"), tasks=tasks, state=[], concurrency=1).run_once()
     assert job(db, root.id) == ("completed", 5, 1)
