@@ -18,7 +18,7 @@ from pgworker_client.tree_picture import FINISHED, Shown, Tree
 _TREE = """
     select t.depth, t.id, t.name, t.task_identifier, t.state, t.attempts, t.max_attempts,
            case when t.state = 'scheduled' then extract(epoch from pgworker.clock() - t.run_at)
-                else extract(epoch from coalesce(t.finished_at, pgworker.clock()) - t.locked_at) end::float8,
+                else extract(epoch from coalesce(t.finished_at, pgworker.clock()) - t.started_at) end::float8,
            extract(epoch from t.finished_at - t.created_at)::float8,
            split_part(ltrim(left(t.last_error, 1000), E' \\n'), E'\\n', 1)
     from pgworker.job_tree(%s::bigint) t

@@ -72,7 +72,7 @@ def test_omitted_arguments_get_their_documented_defaults(tx: Conn) -> None:
         "task_identifier": "a", "queue_name": None, "state": "ready", "payload": {}, "priority": 0, "attempts": 0,
         "max_attempts": 25, "last_error": None, "key": None, "revision": 0, "flags": None, "parent_id": None,
         "root_id": None, "name": None, "on_failure": None, "progress": None, "result": None, "locked_at": None,
-        "locked_by": None, "finished_at": None, "due_now": True, "created_now": True,
+        "locked_by": None, "finished_at": None, "started_at": None, "due_now": True, "created_now": True,
     }  # fmt: skip
 
 
