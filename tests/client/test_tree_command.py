@@ -162,8 +162,8 @@ def test_follow_ends_with_the_root_and_its_status_says_how(
     end(db, [root.id])
     status, out, err = ended(process)
     assert (status, err) == (expected, "")
-    assert drawn(out)[0].startswith(f"{state:<9}  top #1  T")
-    assert drawn(out)[1:2] == ["completed  └─ t #2  T"]
+    assert drawn(out)[0].startswith(f"{state:<9}  top #1  after T")
+    assert drawn(out)[1:2] == ["completed  └─ t #2  after T"]
 
 
 def test_ctrl_c_ends_following_without_a_word(spawn: Spawn, db: Db) -> None:
@@ -267,7 +267,7 @@ def test_follow_draws_over_what_it_drew_and_stays_within_the_window(terminal: Ca
     status, out = watched.end()
     assert status == 0
     last = out.rpartition("\x1b[J")[2].splitlines()
-    assert (drawn(last[0]), last[-1]) == (["completed  top #1  T"], "51 jobs: 51 completed")
+    assert (drawn(last[0]), last[-1]) == (["completed  top #1  after T"], "51 jobs: 51 completed")
     assert len(last) == 15  # the end is for reading: it may be higher than the window
 
 
