@@ -189,11 +189,10 @@ begin
     end if;
 
     -- Upwards.
-    select array_agg(e.parent_id) filter (where not e.fails), array_agg(e.slot) filter (where not e.fails),
-           array_agg(e) filter (where e.fails)
+    select array_agg(e.parent_id), array_agg(e.slot), array_agg(e) filter (where e.fails)
     into v_ids, v_slots, v_failing
     from unnest(v_level) as e where e.slot is not null and e.parent_id = any (v_parents);
-    if v_ids is not null or v_failing is not null then
+    if v_ids is not null then
       v_ids := pgworker.count_down(false, v_ids, v_slots, array(select f.parent_id from unnest(v_failing) as f));
       if v_ids is not null then
         perform pgworker.release(array(select u.id from unnest(v_ids) as u(id)

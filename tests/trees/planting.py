@@ -52,7 +52,9 @@ def fail(conn: Conn, job_id: int, error: str = "it broke") -> None:
 
 def states(conn: Conn, ids: dict[str, int]) -> dict[str, str | None]:
     """Return the states of these jobs by name; None for what is not known any more."""
-    found = dict(conn.execute("select id, state from pgworker.jobs where id = any(%s)", [list(ids.values())]).fetchall())
+    found = dict(
+        conn.execute("select id, state from pgworker.jobs where id = any(%s)", [list(ids.values())]).fetchall()
+    )
     return {name: found.get(job) for name, job in ids.items()}
 
 
@@ -76,7 +78,7 @@ def leftovers(conn: Conn) -> int:
 
 
 def stored(conn: Conn) -> list[int]:
-    """Return how many rows each table of trees has: live jobs, finished ones, counters, dependencies, left to be done."""
+    """Return how many rows there are: live jobs, finished ones, counters, dependencies, what is left to be done."""
     tables = ("job", "finished", "counter", "dependency", "unsettled")
     return [value(conn, f"select count(*) from pgworker.{table}") for table in tables]
 
