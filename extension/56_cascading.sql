@@ -309,7 +309,13 @@ begin
     cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id) as c
   )
   select array_agg(b.id) into v_ids from below b;
-  delete from pgworker.finished f where f.id = any (v_ids);
+  -- What somebody holds is being retried, by a session that may wait for our counters: it goes when it ends once more,
+  -- since nobody knows its parent then.
+  delete from pgworker.finished f
+  where f.id = any (array(select o.id from pgworker.finished o where o.id = any (v_ids) order by o.id for update skip locked));
+  v_ids := array(select u.id from unnest(v_ids) as u(id)
+                 where not exists (select from pgworker.finished f where f.id = u.id offset 0)
+                   and not exists (select from pgworker.job j where j.id = u.id offset 0));
   delete from pgworker.dependency d where d.after_id = any (v_ids);
   delete from pgworker.dependency d where d.job_id = any (v_ids);
 end
