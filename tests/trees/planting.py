@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from tests.calling import Conn, Row, call, claim_ids, register, row, rows, seen, value, values
+from tests.calling import Conn, call, claim_ids, register, row, rows, seen, value, values
 
 Node = dict[str, Any]
 
@@ -24,7 +24,8 @@ def plant(conn: Conn, tree: Node) -> dict[str, int]:
 
 def named(conn: Conn, job_id: int) -> dict[str, int]:
     """Return the ids of a tree's jobs by name."""
-    return {found["name"]: found["id"] for found in rows(conn, "select * from pgworker.job_tree(%s)", job_id)}
+    found = rows(conn, "select id, name from pgworker.job_tree(%s)", job_id)
+    return {job["name"]: job["id"] for job in found if job["name"]}
 
 
 def grow(conn: Conn, worker: int, job_id: int, *children: Node) -> dict[str, int]:
@@ -155,8 +156,3 @@ SAYS = {
 
 GONE = ("remove_job", "deleted")
 """Those after which nothing is kept of the job."""
-
-
-def rows_of(conn: Conn, function: str, job_id: int) -> list[Row]:
-    """Return the rows of a function of one job."""
-    return call(conn, function, job_id)
