@@ -194,16 +194,17 @@ comment on table pgworker.dependency is
 create index dependency_job on pgworker.dependency (job_id);
 
 create table pgworker.unsettled (
-  job_id   bigint not null,
-  what     text   not null check (what in ('release', 'open', 'fail', 'stop', 'forget')),
+  job_id   bigint      not null,
+  what     text        not null check (what in ('release', 'open', 'fail', 'cancel', 'stop', 'forget')),
   root_id  bigint,
   reason   text,
   cause_id bigint,
+  due      timestamptz not null default pgworker.clock(),
   primary key (job_id, what)
 );
 comment on table pgworker.unsettled is
   'What the end of a job has still to do to others in its tree, because somebody held their rows at that moment: '
-  'maintain() does it.';
+  'maintain() does it when it is due, which is later when they are still held then.';
 
 create table pgworker.queue (
   name   text    not null primary key,

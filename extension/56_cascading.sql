@@ -110,12 +110,13 @@ begin
                     order by j.id for update skip locked);
   perform pgworker.postpone(array(select j.id from pgworker.job j
                                   where j.id = any (p_ids) and j.waiting and j.id <> all (v_locked)), 'release');
-  -- Behind a closed gate it goes on waiting: opening that looks at its children. And children may have come since
-  -- this was left to be done later.
+  -- Behind a closed gate it goes on waiting: opening that looks at its children. Children may have come since this was
+  -- left to be done later. And one that is to fail does not start.
   update pgworker.job j set waiting = false
   where j.id = any (v_locked) and j.gate_id is null
     and not exists (select from pgworker.counter c
-                    where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0 offset 0);
+                    where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0 offset 0)
+    and not exists (select from pgworker.unsettled u where u.job_id = j.id and u.what = 'fail' offset 0);
   perform pgworker.announce(v_locked);
 end
 $$;
@@ -142,7 +143,9 @@ begin
                                     where j.id = any (v_gates) and j.id <> all (v_open)), 'open');
     -- A gate behind a closed one opens with that one.
     v_open := array(select j.id from pgworker.job j
-                    where j.id = any (v_open) and (j.gate_id = j.id or j.gate_id is null));
+                    where j.id = any (v_open) and (j.gate_id = j.id or j.gate_id is null)
+                      and not exists (select from pgworker.counter c      -- one before it may run again since
+                                      where c.job_id = j.id and c.after and c.slot = 0 and c.pending > 0 offset 0));
     delete from pgworker.counter c where c.job_id = any (v_open) and c.after;
     v_rows := array(select j.id from pgworker.job j where j.gate_id = any (v_open) order by j.id for update skip locked);
     if (select count(*) from pgworker.job j where j.gate_id = any (v_open)) > cardinality(v_rows) then
@@ -152,8 +155,10 @@ begin
       update pgworker.job j
       set gate_id = case when o.pending > 0 then j.id end,
           waiting = coalesce(o.pending > 0, false)
-                    or j.has_children and exists (select from pgworker.counter c
-                                                  where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0)
+                    or j.has_children and (exists (select from pgworker.counter c
+                                                   where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0)
+                                           or exists (select from pgworker.unsettled u
+                                                      where u.job_id = j.id and u.what = 'fail'))
       from unnest(v_rows) as r(id)
       left join lateral (select c.pending from pgworker.counter c
                          where c.job_id = r.id and c.after and c.slot = 0 offset 0) as o on true
@@ -304,7 +309,13 @@ begin
     cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id) as c
   )
   select array_agg(b.id) into v_ids from below b;
-  delete from pgworker.finished f where f.id = any (v_ids);
+  -- What somebody holds is being retried, by a session that may wait for our counters: it goes when it ends once more,
+  -- since nobody knows its parent then.
+  delete from pgworker.finished f
+  where f.id = any (array(select o.id from pgworker.finished o where o.id = any (v_ids) order by o.id for update skip locked));
+  v_ids := array(select u.id from unnest(v_ids) as u(id)
+                 where not exists (select from pgworker.finished f where f.id = u.id offset 0)
+                   and not exists (select from pgworker.job j where j.id = u.id offset 0));
   delete from pgworker.dependency d where d.after_id = any (v_ids);
   delete from pgworker.dependency d where d.job_id = any (v_ids);
 end

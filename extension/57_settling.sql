@@ -105,6 +105,7 @@ declare
   v_slots   smallint[];
   v_errors  text[];
   v_causes  bigint[];
+  v_held    bigint[];
 begin
   select array_agg(d.job_id), array_agg(d.slot) into v_ids, v_slots
   from unnest(p_ended) as e
@@ -124,13 +125,21 @@ begin
     select d.job_id, b.error, b.cause_id
     from behind b
     cross join lateral (select d.job_id from pgworker.dependency d where d.after_id = b.job_id offset 0) as d
-  ), held as materialized (
-    select l.id, b.error, b.cause_id
-    from (select distinct on (u.job_id) u.job_id, u.error, u.cause_id from behind u order by u.job_id) as b
-    cross join lateral (select j.id from pgworker.job j
-                        where j.id = b.job_id and j.locked_by is null for update skip locked) as l
   )
-  select array_agg(h.id), array_agg(h.error), array_agg(h.cause_id) into v_ids, v_errors, v_causes from held h;
+  select array_agg(b.job_id), array_agg(b.error), array_agg(b.cause_id) into v_ids, v_errors, v_causes
+  from (select distinct on (u.job_id) u.job_id, u.error, u.cause_id from behind u order by u.job_id) as b;
+  if v_ids is null then
+    return;
+  end if;
+  v_held := array(select j.id from pgworker.job j where j.id = any (v_ids) order by j.id for update skip locked);
+  perform pgworker.postpone(array_agg(j.id), 'cancel', null, array_agg(u.error), array_agg(u.cause_id))
+  from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
+  join pgworker.job j on j.id = u.id
+  where j.id <> all (v_held);
+  select array_agg(j.id), array_agg(u.error), array_agg(u.cause_id) into v_ids, v_errors, v_causes
+  from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
+  join pgworker.job j on j.id = u.id
+  where j.id = any (v_held) and j.locked_by is null;
   if v_ids is not null then
     perform pgworker.finish(v_ids, array_fill('cancelled'::text, array[cardinality(v_ids)]), v_errors, null, false,
                             v_causes);
@@ -189,11 +198,10 @@ begin
     end if;
 
     -- Upwards.
-    select array_agg(e.parent_id) filter (where not e.fails), array_agg(e.slot) filter (where not e.fails),
-           array_agg(e) filter (where e.fails)
+    select array_agg(e.parent_id), array_agg(e.slot), array_agg(e) filter (where e.fails)
     into v_ids, v_slots, v_failing
     from unnest(v_level) as e where e.slot is not null and e.parent_id = any (v_parents);
-    if v_ids is not null or v_failing is not null then
+    if v_ids is not null then
       v_ids := pgworker.count_down(false, v_ids, v_slots, array(select f.parent_id from unnest(v_failing) as f));
       if v_ids is not null then
         perform pgworker.release(array(select u.id from unnest(v_ids) as u(id)
@@ -264,11 +272,13 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
-  v_left record;
+  v_left  record;
+  v_state text;
 begin
   -- One a call: each may lock counters upwards from where it is, and two in one transaction might do so out of order.
   delete from pgworker.unsettled u
-  where u.ctid = any (array(select o.ctid from pgworker.unsettled o order by o.job_id limit 1 for update skip locked))
+  where u.ctid = any (array(select o.ctid from pgworker.unsettled o where o.due <= pgworker.clock()
+                            order by o.due, o.job_id limit 1 for update skip locked))
   returning u.job_id, u.what, u.root_id, u.reason, u.cause_id into v_left;
   if not found then
     return false;
@@ -280,19 +290,23 @@ begin
       perform pgworker.open_gates(array[v_left.job_id]);
     when 'stop' then
       perform pgworker.stop_below(array[v_left.job_id], array[v_left.root_id], array[v_left.reason], array[v_left.cause_id]);
-    when 'fail' then
+    when 'fail', 'cancel' then
+      v_state := case v_left.what when 'fail' then 'failed' else 'cancelled' end;
       if exists (select from pgworker.job j where j.id = v_left.job_id for update skip locked) then
-        perform pgworker.ask_to_stop(array[j.id], 'failed', array[v_left.reason], array[v_left.cause_id])
+        perform pgworker.ask_to_stop(array[j.id], v_state, array[v_left.reason], array[v_left.cause_id])
         from pgworker.job j where j.id = v_left.job_id and j.locked_by is not null and j.ends_as is null;
-        perform pgworker.finish(array[j.id], array['failed'], array[v_left.reason], null, false, array[v_left.cause_id])
+        perform pgworker.finish(array[j.id], array[v_state], array[v_left.reason], null, false, array[v_left.cause_id])
         from pgworker.job j where j.id = v_left.job_id and j.locked_by is null;
       elsif exists (select from pgworker.job j where j.id = v_left.job_id) then
-        perform pgworker.postpone(array[v_left.job_id], 'fail', null, array[v_left.reason], array[v_left.cause_id]);
+        perform pgworker.postpone(array[v_left.job_id], v_left.what, null, array[v_left.reason], array[v_left.cause_id]);
       end if;
     else
       delete from pgworker.counter c
       where c.job_id = v_left.job_id and not exists (select from pgworker.job j where j.id = v_left.job_id);
   end case;
+  -- Held still: the others come first.
+  update pgworker.unsettled u set due = pgworker.clock() + interval '1 second'
+  where u.job_id = v_left.job_id and u.what = v_left.what;
   return true;
 end
 $$;

@@ -220,6 +220,7 @@ begin
     from live l
     where l.gate_id is not null
       and not exists (select from counter c where c.job_id = l.gate_id and c.after and c.slot = 0 and c.pending > 0)
+      and not exists (select from pgworker.unsettled u where u.job_id = l.gate_id)
     union all
     select l.id, 'runs and waits at once' from live l where l.waiting and l.locked_by is not null
     union all

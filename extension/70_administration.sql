@@ -141,7 +141,7 @@ begin
         select f.id, f.root_id from pgworker.finished f where f.id = any (cancel_jobs.job_ids) and f.has_children) as n;
   v_below := array(select b.id from pgworker.live_below(v_nodes, v_roots) as b
                    join pgworker.job j on j.id = b.id and j.ends_as is null
-                   where b.id <> all (cancel_jobs.job_ids));
+                   where b.id not in (select u.id from unnest(cancel_jobs.job_ids) as u(id) where u.id is not null));
 
   select coalesce(array_agg(j.id order by j.id), '{}') into v_ids
   from pgworker.job j where j.id = any (cancel_jobs.job_ids) and j.locked_by is null;

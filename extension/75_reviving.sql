@@ -8,7 +8,7 @@
 -- Every job that failed or was cancelled because of another one says so (cause_id, which is always where it began). So a
 -- retry undoes what followed: the siblings that were cancelled and the ancestors that failed are live again, and wait.
 -- What completed stays completed.
--- Locks: finished rows by id; then, for parents that are live, totals of their counters, deepest first, as in
+-- Locks: live rows of their trees by id, then finished rows by id; then totals of counters, deepest first, as in
 -- 57_settling.sql.
 
 create function pgworker.consequences(p_ids bigint[]) returns bigint[]
@@ -34,7 +34,8 @@ begin
   return array(
     select u.id from unnest(v_again) as u(id)
     union
-    select f.id from pgworker.finished f where f.root_id = any (v_roots) and f.cause_id = any (v_again)
+    select f.id from pgworker.finished f where f.root_id = any (v_roots)
+      and f.cause_id in (select u.id from unnest(v_again) as u(id))
     except
     select u.id from unnest(p_ids) as u(id));
 end
@@ -52,43 +53,55 @@ set enable_mergejoin = off
 set jit = off
 as $$
 declare
-  v_depth int;
+  v_roots   constant bigint[] := array(select distinct j.root_id from pgworker.job j where j.id = any (p_ids));
+  v_parents bigint[];
+  v_behind  bigint[];
+  v_depth   int;
 begin
-  -- Counted again: by a live parent whose counter is there (else it has ended, or never waited for anybody), ...
-  with parent as materialized (
-    select p.id, count(*) as n
-    from pgworker.job j
-    join pgworker.job p on p.id = j.parent_id
-    where j.id = any (p_ids) and p.id <> all (p_ids)
-    group by p.id, p.depth
-    order by p.depth desc, p.id
-  ), counted as (
-    update pgworker.counter c set pending = c.pending + p.n
-    from parent p
-    where c.job_id = any (array[p.id]) and not c.after and c.slot = 0
-    returning c.job_id
-  )
-  update pgworker.job j set slot = 0
-  from counted c
-  where j.id = any (p_ids) and j.parent_id = c.job_id;
+  -- Of their former lives, if somebody held it when they ended.
+  delete from pgworker.counter c where c.job_id = any (p_ids);
 
-  -- ... and by parents that are live again themselves, with whatever of theirs is live. One that was asked to stop because
-  -- of what is being undone need not any more.
-  delete from pgworker.notice n
-  using pgworker.job j
-  where n.job_id = j.id and n.notice = 'cancel' and j.parent_id = any (p_ids) and j.locked_by = n.worker_id
-    and j.cause_id = any (p_ids);
+  -- Counted again: by parents and siblings that are live and have a counter (else they have ended, never waited for
+  -- anybody, or have begun), ...
+  with again as materialized (
+    select w.job_id, w.after, count(*) as n
+    from (select j.parent_id as job_id, false as after from pgworker.job j where j.id = any (p_ids)
+          union all
+          select d.job_id, true from pgworker.dependency d where d.after_id = any (p_ids)) as w
+    cross join lateral (select o.depth from pgworker.job o where o.id = w.job_id offset 0) as o
+    where w.job_id not in (select u.id from unnest(p_ids) as u(id))
+    group by w.job_id, w.after, o.depth
+    order by o.depth desc, w.after, w.job_id
+  ), counted as (
+    update pgworker.counter c set pending = c.pending + a.n
+    from again a
+    where c.job_id = any (array[a.job_id]) and c.after = a.after and c.slot = 0
+    returning c.job_id, c.after
+  )
+  select array_agg(c.job_id) filter (where not c.after), array_agg(c.job_id) filter (where c.after)
+  into v_parents, v_behind
+  from counted c;
+  update pgworker.job j set slot = 0 where j.id = any (p_ids) and j.parent_id = any (v_parents);
+  update pgworker.dependency d set slot = 0 where d.after_id = any (p_ids) and d.job_id = any (v_behind);
+
+  -- ... and by parents that are live again themselves, with whatever of theirs is live.
   with child as (
-    update pgworker.job j
-    set slot = 0, ends_as = case when j.cause_id = any (p_ids) then null else j.ends_as end,
-        cancel_reason = case when j.cause_id = any (p_ids) then null else j.cancel_reason end,
-        cause_id = case when j.cause_id = any (p_ids) then null else j.cause_id end
-    where j.root_id = any (array(select distinct r.root_id from pgworker.job r where r.id = any (p_ids)))
-      and j.parent_id = any (p_ids)
+    update pgworker.job j set slot = 0
+    where j.root_id = any (v_roots) and j.parent_id = any (p_ids)
     returning j.parent_id
   )
   insert into pgworker.counter (job_id, after, slot, pending)
   select c.parent_id, false, 0, count(*) from child c group by c.parent_id order by c.parent_id;
+
+  -- What was asked to stop because of what is being undone need not any more.
+  with spared as (
+    update pgworker.job j set ends_as = null, cancel_reason = null, cause_id = null
+    where j.root_id = any (v_roots) and j.ends_as is not null and j.cause_id in (select u.id from unnest(p_ids) as u(id))
+    returning j.id, j.locked_by
+  )
+  delete from pgworker.notice n
+  using spared s
+  where n.worker_id = any (array[s.locked_by]) and n.job_id = any (array[s.id]) and n.notice = 'cancel';
 
   -- Siblings that have to finish first.
   with waits as (
@@ -133,6 +146,7 @@ set jit = off
 as $$
 declare
   v_asked bigint[];
+  v_all   bigint[];
   v_ids   bigint[];
   v_nodes bigint[];
   v_keeps boolean;
@@ -142,9 +156,19 @@ begin
     where f.id = any (p_ids) and f.state = any (p_states)
       and coalesce(p_attempts, f.attempts) < coalesce(p_max_attempts, f.max_attempts)
     order by f.id);
+  v_all := v_asked || pgworker.consequences(v_asked);
+  -- Whoever ends one of these live ones now has to be done first, or to see what we do: parents, children, those that come
+  -- before, those that were asked to stop.
+  perform from pgworker.job j
+  where j.root_id = any (array(select distinct f.root_id from pgworker.finished f where f.id = any (v_all)))
+    and (j.parent_id in (select u.id from unnest(v_all) as u(id))
+         or j.cause_id in (select u.id from unnest(v_all) as u(id))
+         or j.id in (select f.parent_id from pgworker.finished f where f.id = any (v_all))
+         or j.id in (select d.after_id from pgworker.dependency d where d.job_id = any (v_all)))
+  order by j.id for update;
   v_ids := array(
     select f.id from pgworker.finished f
-    where f.id = any (v_asked || pgworker.consequences(v_asked)) and f.state in ('failed', 'cancelled')
+    where f.id = any (v_all) and f.state in ('failed', 'cancelled')
     order by f.id
     for update);
   -- Twice: with their keys, in the order of keys, and what meets a live job once more without.
@@ -152,20 +176,22 @@ begin
     insert into pgworker.job (id, run_at, created_at, parent_id, root_id, depth, revision, priority, attempts,
                               max_attempts, waiting, has_children, has_followers, task_identifier, payload, queue_name,
                               key, flags, last_error, progress, name, on_failure)
-    select f.id, case when a.asked then coalesce(p_run_at, f.run_at) else f.run_at end, f.created_at, f.parent_id,
-           f.root_id, f.depth, f.revision, case when a.asked then coalesce(p_priority, f.priority) else f.priority end,
-           case when a.asked then coalesce(p_attempts, f.attempts) else 0 end,
-           case when a.asked then coalesce(p_max_attempts, f.max_attempts) else f.max_attempts end,
+    select f.id, case when a.id is not null then coalesce(p_run_at, f.run_at) else f.run_at end, f.created_at, f.parent_id,
+           f.root_id, f.depth, f.revision, case when a.id is not null then coalesce(p_priority, f.priority) else f.priority end,
+           case when a.id is not null then coalesce(p_attempts, f.attempts) else 0 end,
+           case when a.id is not null then coalesce(p_max_attempts, f.max_attempts) else f.max_attempts end,
            f.root_id is not null, f.has_children, f.has_followers, f.task_identifier, f.payload, f.queue_name,
            case when v_keeps then f.key end, f.flags, case when f.cause_id is null then f.last_error end, f.progress,
            f.name, f.on_failure
     from pgworker.finished f
-    cross join lateral (select f.id = any (v_asked) as asked) as a
+    left join unnest(v_asked) as a(id) on a.id = f.id
     where f.id = any (v_ids) and (v_keeps or not exists (select from pgworker.job j where j.id = f.id offset 0))
     order by f.key, f.id
     on conflict (key) where key is not null do nothing;
   end loop;
   delete from pgworker.finished f where f.id = any (v_ids);
+  -- What their end had still to do to others, or another's to them.
+  delete from pgworker.unsettled u where u.job_id = any (v_ids) or u.cause_id = any (v_ids);
   v_nodes := array(select j.id from pgworker.job j where j.id = any (v_ids) and j.root_id is not null);
   if cardinality(v_nodes) > 0 then
     perform pgworker.rejoin(v_nodes);
