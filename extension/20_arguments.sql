@@ -2,6 +2,7 @@
 --
 --   invalid_argument   the limits of add_job's arguments, written once: names the first argument that breaks one
 --   refuse_argument    the error for it
+--   read_time          a text as a time
 --   read_specs         an array of objects whose keys are add_job's argument names, as rows
 --   refuse_spec        the error for an object that is none
 --

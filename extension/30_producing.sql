@@ -48,13 +48,14 @@ declare
   v_now   constant timestamptz := pgworker.clock(now());
   v_run_at constant timestamptz := coalesce(p_run_at, v_now);
   v_flags constant text[] := nullif(p_flags, '{}');
+  v_payload constant jsonb := coalesce(nullif(p_payload, 'null'), '{}');
   v_due   timestamptz;
   v_id    bigint;
 begin
   loop
     insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
                                    created_at)
-    values (coalesce(p_id, nextval('pgworker.job_id')), p_identifier, coalesce(p_payload, '{}'), p_queue_name, v_run_at,
+    values (coalesce(p_id, nextval('pgworker.job_id')), p_identifier, v_payload, p_queue_name, v_run_at,
             coalesce(p_max_attempts, 25), p_key, coalesce(p_priority, 0), v_flags, v_now)
     on conflict (key) where key is not null do nothing
     returning j.id, j.run_at into v_id, v_due;
@@ -68,8 +69,8 @@ begin
     else
       update pgworker.job j
       set task_identifier = p_identifier,
-          payload = case when jsonb_typeof(j.payload) = 'array' and jsonb_typeof(p_payload) = 'array'
-                         then j.payload || p_payload else coalesce(p_payload, '{}') end,
+          payload = case when jsonb_typeof(j.payload) = 'array' and jsonb_typeof(v_payload) = 'array'
+                         then j.payload || v_payload else v_payload end,
           queue_name = p_queue_name,
           run_at = case when p_mode = 'preserve_run_at' and j.attempts = 0 then j.run_at else v_run_at end,
           max_attempts = coalesce(p_max_attempts, 25),
@@ -135,8 +136,9 @@ begin
 end
 $$;
 comment on function pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text) is
-  'Adds a job in the caller''s transaction and returns it. Nulls mean: payload {}, no serial queue, run now, 25 attempts, '
-  'no key, priority 0, no flags, mode replace. Raises 22023 for a value out of its limits, 22004 for a null identifier.';
+  'Adds a job in the caller''s transaction and returns it. Nulls mean: payload {} (so does JSON''s null), no serial queue, '
+  'run now, 25 attempts, no key, priority 0, no flags, mode replace. Raises 22023 for a value out of its limits, 22004 '
+  'for a null identifier.';
 
 create function pgworker.add_job(
   identifier   text,
@@ -153,12 +155,13 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return pgworker.add_job(add_job.identifier, add_job.payload::jsonb, add_job.queue_name, add_job.run_at,
+  return pgworker.add_job(add_job.identifier, add_job.payload::text, add_job.queue_name, add_job.run_at,
                           add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
 end
 $$;
 comment on function pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text) is
-  'add_job with a payload of type json, as row_to_json() and json_build_object() make it.';
+  'add_job with a payload of type json, as row_to_json() and json_build_object() make it. Raises 22023 also for '
+  'what jsonb cannot hold (\u0000, a number beyond numeric).';
 
 create function pgworker.add_job(
   identifier   text,
@@ -174,13 +177,29 @@ create function pgworker.add_job(
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_payload jsonb;
+  v_says    text;
+  v_more    text;
 begin
-  return pgworker.add_job(add_job.identifier, add_job.payload::jsonb, add_job.queue_name, add_job.run_at,
-                          add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
+  -- Before PostgreSQL 16 there is no other way to learn that a text is no JSON. It costs a microsecond, and a payload of
+  -- type jsonb does not come here.
+  begin
+    v_payload := add_job.payload::jsonb;
+  exception when data_exception or program_limit_exceeded then
+    get stacked diagnostics v_says = message_text, v_more = pg_exception_detail;
+    raise exception using errcode = '22023',
+      message = format('payload must be JSON that jsonb can hold, got %s', quote_literal(left(add_job.payload, 200))),
+      detail = concat_ws(': ', v_says, nullif(v_more, '')),
+      hint = 'Write JSON, for example ''{"to": "ada@example.com"}''; to_jsonb() makes some of any value. Leave it out, or '
+             'null, for {}.';
+  end;
+  return pgworker.add_job(add_job.identifier, v_payload, add_job.queue_name, add_job.run_at, add_job.max_attempts,
+                          add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
 end
 $$;
 comment on function pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text) is
-  'add_job with a payload written as text or as a plain literal; it must be JSON.';
+  'add_job with a payload written as text or as a plain literal. Raises 22023 also for what is not JSON.';
 
 create function pgworker.add_jobs(specs jsonb) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe security definer
