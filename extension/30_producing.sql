@@ -217,6 +217,8 @@ declare
   v_first bigint[];
   v_due   boolean;
   v_past  boolean;
+  v_changed boolean;
+  v_moved boolean;
   v_spec  record;
   v_one   pgworker.jobs;
   v_rows  pgworker.jobs[];
@@ -282,24 +284,69 @@ begin
     end;
   end loop;
 
-  -- The rest meets a live job, or another spec with its key: folded in the order given, as single calls would. All rows
-  -- are locked by us by now.
+  -- The rest meets a live job, or another spec with its key: folded in the order given, as single calls would (put_job). All
+  -- rows are locked by us by now. What becomes of a row is reckoned here and written once: a transaction that writes one
+  -- row thousands of times walks over all its versions each time.
   if cardinality(v_folds) > 0 then
     for v_spec in
       select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
-             s.job_key_mode, a.id is not null as added
+             coalesce(s.job_key_mode, 'replace') as mode, a.id is not null as added,
+             lag(s.job_key) over w is null as first, lead(s.job_key) over w is null as last
       from pgworker.read_specs(add_jobs.specs) s
       join unnest(v_folds) as f(n) on f.n = s.n
       left join unnest(v_first) as a(id) on a.id = v_ids[s.n]
-      order by s.n
+      window w as (partition by s.job_key order by s.n)
+      order by s.job_key, s.n
     loop
-      if not v_spec.added then
+      if v_spec.first then
+        select v.* into v_one from pgworker.live v where v.key = v_spec.job_key;
+        v_changed := false;
+        v_moved := false;
+      end if;
+      if v_spec.added then
+        null;                                      -- this very spec made the row
+      elsif v_spec.mode = 'unsafe_dedupe' then
+        v_one.revision := v_one.revision + 1;
+        v_changed := true;
+      elsif v_one.state = 'running' then
+        update pgworker.job j set revision = v_one.revision where j.id = v_one.id and v_changed;
         v_ids[v_spec.n] := pgworker.put_job(v_ids[v_spec.n], v_spec.identifier, v_spec.payload, v_spec.queue_name,
                                             v_spec.run_at, v_spec.max_attempts, v_spec.job_key, v_spec.priority,
-                                            v_spec.flags, coalesce(v_spec.job_key_mode, 'replace'));
+                                            v_spec.flags, v_spec.mode);
+        select v.* into v_one from pgworker.live v where v.id = v_ids[v_spec.n];
+        v_changed := false;
+      else
+        v_one.task_identifier := v_spec.identifier;
+        v_one.payload := case when jsonb_typeof(v_one.payload) = 'array' and jsonb_typeof(v_spec.payload) = 'array'
+                              then v_one.payload || v_spec.payload else v_spec.payload end;
+        v_one.queue_name := v_spec.queue_name;
+        if v_spec.mode <> 'preserve_run_at' or v_one.attempts > 0 then
+          v_one.run_at := coalesce(v_spec.run_at, v_now);
+        end if;
+        v_one.max_attempts := coalesce(v_spec.max_attempts, 25);
+        v_one.priority := coalesce(v_spec.priority, 0);
+        v_one.flags := nullif(v_spec.flags, '{}');
+        v_one.attempts := 0;
+        v_one.last_error := null;
+        v_one.progress := null;
+        v_one.revision := v_one.revision + 1;
+        v_one.state := case when v_one.state = 'waiting' then 'waiting'
+                            when v_one.run_at > pgworker.clock() then 'scheduled' else 'ready' end;
+        v_changed := true;
+        v_moved := true;
       end if;
-      select v.* into v_one from pgworker.jobs v where v.id = v_ids[v_spec.n];
-      v_rows[v_spec.n] := v_one;
+      v_ids[v_spec.n] := v_one.id;
+      v_rows[v_spec.n] := v_one;                   -- a folded job is returned as its own call would have left it
+      if v_spec.last and v_changed then
+        update pgworker.job j
+        set task_identifier = v_one.task_identifier, payload = v_one.payload, queue_name = v_one.queue_name,
+            run_at = v_one.run_at, max_attempts = v_one.max_attempts, priority = v_one.priority, flags = v_one.flags,
+            attempts = v_one.attempts, last_error = v_one.last_error, progress = v_one.progress,
+            revision = v_one.revision
+        where j.id = v_one.id;
+        v_due := v_due or (v_moved and v_one.run_at <= pgworker.clock());
+        v_past := v_past or (v_moved and v_one.run_at < v_now);
+      end if;
     end loop;
   end if;
 
@@ -314,9 +361,9 @@ begin
     return query select r.* from pgworker.job_rows(v_ids) r;
   else
     for v_n in 1 .. cardinality(v_ids) loop
-      v_one := v_rows[v_n];                        -- a folded job is returned as its own call left it
+      v_one := v_rows[v_n];
       if v_one.id is null then
-        select v.* into v_one from pgworker.jobs v where v.id = v_ids[v_n];
+        select v.* into v_one from pgworker.live v where v.id = v_ids[v_n];
       end if;
       return next v_one;
     end loop;
