@@ -32,7 +32,8 @@ comment on function pgworker.invalid_argument(text, text, numeric, text, numeric
 
 create function pgworker.refuse_argument(
   p_argument text, p_identifier text, p_queue_name text, p_max_attempts numeric, p_job_key text, p_priority numeric,
-  p_flags text[], p_job_key_mode text, p_run_at timestamptz default null, p_where text default ''
+  p_flags text[], p_job_key_mode text, p_run_at timestamptz default null, p_where text default '',
+  p_hint text default null
 ) returns boolean
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
@@ -70,12 +71,14 @@ begin
                        quote_literal(left(p_job_key_mode, 200)));
       v_hint := 'Leave it out, or null, for replace.';
   end case;
-  raise exception using errcode = v_code, message = format('%s%s %s', p_where, p_argument, v_says), hint = v_hint;
+  raise exception using errcode = v_code, message = format('%s%s %s', p_where, p_argument, v_says),
+    hint = coalesce(p_hint, v_hint);
 end
 $$;
 comment on function pgworker.refuse_argument(
-  text, text, text, numeric, text, numeric, text[], text, timestamptz, text) is
-  'Internal: raises 22023 (22004 for a null identifier) that names the argument, what it was and the way out.';
+  text, text, text, numeric, text, numeric, text[], text, timestamptz, text, text) is
+  'Internal: raises 22023 (22004 for a null identifier) that names the argument, what it was and the way out, which is '
+  'p_hint where it is not that of adding.';
 
 create function pgworker.refuse_spec(p_spec jsonb, p_where text, p_keys text[]) returns boolean
 language plpgsql immutable parallel safe
