@@ -105,6 +105,7 @@ end
 $$;
 comment on function pgworker.refuse_tree(text, text) is 'Internal: raises PW003.';
 
+-- Shapes are checked later, by read_specs: here whatever is not of its type is passed over.
 create function pgworker.check_nodes(
   p_specs jsonb[], p_base text, p_parents int[], p_places int[], p_taken text[], out froms int[], out tos int[]
 )
@@ -120,7 +121,8 @@ begin
   select s.n, s.spec ->> 'name' as name, s.spec ->> 'on_failure' as policy into v_bad
   from unnest(p_specs) with ordinality as s(spec, n)
   where length(s.spec ->> 'name') not between 1 and 128
-     or s.spec ->> 'on_failure' not in ('fail-parent', 'ignore', 'remove')
+     or jsonb_typeof(s.spec -> 'on_failure') = 'string'
+        and s.spec ->> 'on_failure' not in ('fail-parent', 'ignore', 'remove')
   order by s.n limit 1;
   if length(v_bad.name) not between 1 and 128 then
     raise exception using errcode = '22023',
@@ -158,9 +160,10 @@ begin
     select s.n, p_parents[s.n] as parent, s.spec ->> 'name' as name, s.spec -> 'after' as after
     from unnest(p_specs) with ordinality as s(spec, n)
   ), wish as (
-    select distinct m.n, m.parent, a.name
+    select distinct m.n, m.parent, a.name #>> '{}' as name
     from member m
-    cross join lateral jsonb_array_elements_text(case when jsonb_typeof(m.after) = 'array' then m.after end) as a(name)
+    cross join lateral jsonb_array_elements(case when jsonb_typeof(m.after) = 'array' then m.after end) as a(name)
+    where jsonb_typeof(a.name) = 'string'
   )
   select array_agg(coalesce(o.n, 0)::int order by w.n, o.n), array_agg(w.n::int order by w.n, o.n),
          min(w.n) filter (where o.n is null) as n, min(w.name) filter (where o.n is null) as name
