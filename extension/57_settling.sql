@@ -65,11 +65,11 @@ begin
   perform pgworker.postpone(array_agg(j.id), 'fail', null, array_agg(u.error), array_agg(u.cause_id))
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
   join pgworker.job j on j.id = u.id
-  where j.id <> all (v_held);
+  where j.id not in (select h.id from unnest(v_held) as h(id));
   perform pgworker.ask_to_stop(array_agg(j.id), 'failed', array_agg(u.error), array_agg(u.cause_id))
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
   join pgworker.job j on j.id = u.id
-  where j.id = any (v_held) and j.locked_by is not null and j.ends_as is null;
+  where (j.id in (select h.id from unnest(v_held) as h(id))) is true and j.locked_by is not null and j.ends_as is null;
 
   select array_agg(row(j.id, j.parent_id, j.root_id, j.depth, j.slot, true, j.has_children, j.has_followers,
                        coalesce(j.on_failure, 'fail-parent') = 'fail-parent',
@@ -80,7 +80,7 @@ begin
   into v_failed, v_ids, v_errors, v_causes
   from unnest(v_ids, v_errors, v_causes, v_reasons) as u(id, error, cause_id, reason)
   join pgworker.job j on j.id = u.id
-  where j.id = any (v_held) and j.locked_by is null;
+  where (j.id in (select h.id from unnest(v_held) as h(id))) is true and j.locked_by is null;
   if v_ids is not null then
     update pgworker.job j set settled = true where j.id = any (v_ids);
     perform pgworker.finish(v_ids, array_fill('failed'::text, array[cardinality(v_ids)]), v_errors, null, false, v_causes);
@@ -120,7 +120,8 @@ begin
     select d.job_id, e.error, coalesce(e.cause_id, e.id) as cause_id
     from unnest(p_ended) as e
     cross join lateral (select d.job_id from pgworker.dependency d where d.after_id = e.id offset 0) as d
-    where e.has_followers and e.fails and e.parent_id <> all (p_parents)
+    where e.has_followers and e.fails
+      and e.parent_id not in (select p.id from unnest(p_parents) as p(id))
     union
     select d.job_id, b.error, b.cause_id
     from behind b
@@ -135,11 +136,11 @@ begin
   perform pgworker.postpone(array_agg(j.id), 'cancel', null, array_agg(u.error), array_agg(u.cause_id))
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
   join pgworker.job j on j.id = u.id
-  where j.id <> all (v_held);
+  where j.id not in (select h.id from unnest(v_held) as h(id));
   select array_agg(j.id), array_agg(u.error), array_agg(u.cause_id) into v_ids, v_errors, v_causes
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
   join pgworker.job j on j.id = u.id
-  where j.id = any (v_held) and j.locked_by is null;
+  where (j.id in (select h.id from unnest(v_held) as h(id))) is true and j.locked_by is null;
   if v_ids is not null then
     perform pgworker.finish(v_ids, array_fill('cancelled'::text, array[cardinality(v_ids)]), v_errors, null, false,
                             v_causes);
@@ -200,7 +201,8 @@ begin
     -- Upwards.
     select array_agg(e.parent_id), array_agg(e.slot), array_agg(e) filter (where e.fails)
     into v_ids, v_slots, v_failing
-    from unnest(v_level) as e where e.slot is not null and e.parent_id = any (v_parents);
+    from unnest(v_level) as e
+    where e.slot is not null and (e.parent_id in (select p.id from unnest(v_parents) as p(id))) is true;
     if v_ids is not null then
       v_ids := pgworker.count_down(false, v_ids, v_slots, array(select f.parent_id from unnest(v_failing) as f));
       if v_ids is not null then
@@ -216,7 +218,7 @@ begin
     select array_agg(e.id), array_agg(e.root_id) into v_ids, v_roots
     from unnest(v_level) as e
     where e.vanishes
-       or e.parent_id is not null and e.parent_id <> all (v_parents)
+       or e.parent_id is not null and e.parent_id not in (select p.id from unnest(v_parents) as p(id))
           and not exists (select from pgworker.finished f where f.id = e.parent_id offset 0);
     if v_ids is not null then
       perform pgworker.forget(v_ids, v_roots);
