@@ -17,6 +17,8 @@
 -- rows, by index: j.id = any (array[e.id]) instead of j.id = e.id (no merge join, so no scan in the order of the key), or a
 -- lateral subquery with OFFSET 0. Not by ctid, unless the row is locked: a ctid is not checked again after waiting for
 -- somebody who changed the row.
+-- Whether an id is among many is asked with not in (select ... from unnest(...)), or (... in (...)) is true: both are looked
+-- up in a hash table, which = any and <> all are not in a plan that is kept, and in alone may become a nested loop.
 -- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel.
 -- Row order of lock taking everywhere: job rows by id, then queue rows by name, then worker rows by id.
 

@@ -113,7 +113,8 @@ begin
   v_locked := array(select j.id from pgworker.job j where j.id = any (p_ids) and j.waiting
                     order by j.id for update skip locked);
   perform pgworker.postpone(array(select j.id from pgworker.job j
-                                  where j.id = any (p_ids) and j.waiting and j.id <> all (v_locked)), 'release');
+                                  where j.id = any (p_ids) and j.waiting
+                                    and j.id not in (select u.id from unnest(v_locked) as u(id))), 'release');
   -- Behind a closed gate it goes on waiting: opening that looks at its children. Children may have come since this was
   -- left to be done later. And one that is to fail does not start.
   update pgworker.job j set waiting = false
@@ -145,7 +146,8 @@ begin
   while cardinality(v_gates) > 0 loop
     v_open := array(select j.id from pgworker.job j where j.id = any (v_gates) order by j.id for update skip locked);
     perform pgworker.postpone(array(select j.id from pgworker.job j
-                                    where j.id = any (v_gates) and j.id <> all (v_open)), 'open');
+                                    where j.id = any (v_gates)
+                                      and j.id not in (select u.id from unnest(v_open) as u(id))), 'open');
     -- A gate behind a closed one opens with that one.
     v_open := array(select j.id from pgworker.job j
                     where j.id = any (v_open) and (j.gate_id = j.id or j.gate_id is null)

@@ -66,11 +66,11 @@ begin
   perform pgworker.postpone(array_agg(j.id), 'fail', null, array_agg(u.error), array_agg(u.cause_id))
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
   join pgworker.job j on j.id = u.id
-  where j.id <> all (v_held);
+  where j.id not in (select h.id from unnest(v_held) as h(id));
   perform pgworker.ask_to_stop(array_agg(j.id), 'failed', array_agg(u.error), array_agg(u.cause_id))
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
   join pgworker.job j on j.id = u.id
-  where j.id = any (v_held) and j.locked_by is not null and j.ends_as is null;
+  where (j.id in (select h.id from unnest(v_held) as h(id))) is true and j.locked_by is not null and j.ends_as is null;
 
   select array_agg(row(j.id, j.parent_id, j.root_id, j.depth, j.slot, true, j.has_children, j.has_followers,
                        coalesce(j.on_failure, 'fail-parent') = 'fail-parent',
@@ -81,7 +81,7 @@ begin
   into v_failed, v_ids, v_errors, v_causes
   from unnest(v_ids, v_errors, v_causes, v_reasons) as u(id, error, cause_id, reason)
   join pgworker.job j on j.id = u.id
-  where j.id = any (v_held) and j.locked_by is null;
+  where (j.id in (select h.id from unnest(v_held) as h(id))) is true and j.locked_by is null;
   if v_ids is not null then
     update pgworker.job j set settled = true where j.id = any (v_ids);
     perform pgworker.finish(v_ids, array_fill('failed'::text, array[cardinality(v_ids)]), v_errors, null, false, v_causes);
@@ -122,7 +122,8 @@ begin
     select d.job_id, e.error, coalesce(e.cause_id, e.id) as cause_id
     from unnest(p_ended) as e
     cross join lateral (select d.job_id from pgworker.dependency d where d.after_id = e.id offset 0) as d
-    where e.has_followers and e.fails and e.parent_id <> all (p_parents)
+    where e.has_followers and e.fails
+      and e.parent_id not in (select p.id from unnest(p_parents) as p(id))
     union
     select d.job_id, b.error, b.cause_id
     from behind b
@@ -137,11 +138,11 @@ begin
   perform pgworker.postpone(array_agg(j.id), 'cancel', null, array_agg(u.error), array_agg(u.cause_id))
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
   join pgworker.job j on j.id = u.id
-  where j.id <> all (v_held);
+  where j.id not in (select h.id from unnest(v_held) as h(id));
   select array_agg(j.id), array_agg(u.error), array_agg(u.cause_id) into v_ids, v_errors, v_causes
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
   join pgworker.job j on j.id = u.id
-  where j.id = any (v_held) and j.locked_by is null;
+  where (j.id in (select h.id from unnest(v_held) as h(id))) is true and j.locked_by is null;
   if v_ids is not null then
     perform pgworker.finish(v_ids, array_fill('cancelled'::text, array[cardinality(v_ids)]), v_errors, null, false,
                             v_causes);

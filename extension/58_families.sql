@@ -158,6 +158,7 @@ comment on function pgworker.tree_progress(bigint) is
 create function pgworker.audit() returns table (job_id bigint, problem text)
 language plpgsql stable parallel safe security definer
 set search_path = pg_catalog, pg_temp
+set enable_nestloop = off
 set jit = off
 as $$
 begin
@@ -191,11 +192,10 @@ begin
     from counter c
     full join truth t on t.job_id = c.job_id and t.after = c.after and t.slot = c.slot
   ), wanted as (
-    select p.job_id, p.after, p.slot, p.pending,
-           p.truth + case when p.slot = 0 then (select count(*) from counter o
-                                                where o.job_id = p.job_id and o.after = p.after and o.slot > 0 and o.pending > 0)
-                          else 0 end as truth
+    select p.job_id, p.after, p.slot, p.pending, p.truth + case when p.slot = 0 then coalesce(o.parts, 0) else 0 end as truth
     from parts p
+    left join (select c.job_id, c.after, count(*) as parts from counter c where c.slot > 0 and c.pending > 0
+               group by c.job_id, c.after) as o on o.job_id = p.job_id and o.after = p.after
   ), finding as (
     select w.job_id, format('slot %s of its counter of %s says %s, should say %s', w.slot,
                             case when w.after then 'siblings' else 'children' end, coalesce(w.pending::text, 'nothing'), w.truth) as problem
@@ -213,8 +213,8 @@ begin
     union all
     select l.id, 'could be claimed, but has to wait'
     from live l
-    where not l.waiting and (l.gate_id is not null
-      or exists (select from counter c where c.job_id = l.id and c.after and c.slot = 0))
+    left join counter c on c.job_id = l.id and c.after and c.slot = 0
+    where not l.waiting and (l.gate_id is not null or c.job_id is not null)
     union all
     select l.id, format('waits behind job %s, which waits for no sibling', l.gate_id)
     from live l

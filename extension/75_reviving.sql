@@ -35,7 +35,7 @@ begin
     select u.id from unnest(v_again) as u(id)
     union
     select f.id from pgworker.finished f where f.root_id = any (v_roots)
-      and f.cause_id in (select u.id from unnest(v_again) as u(id))
+      and (f.cause_id in (select u.id from unnest(v_again) as u(id))) is true
     except
     select u.id from unnest(p_ids) as u(id));
 end
@@ -96,7 +96,8 @@ begin
   -- What was asked to stop because of what is being undone need not any more.
   with spared as (
     update pgworker.job j set ends_as = null, cancel_reason = null, cause_id = null
-    where j.root_id = any (v_roots) and j.ends_as is not null and j.cause_id in (select u.id from unnest(p_ids) as u(id))
+    where j.root_id = any (v_roots) and j.ends_as is not null
+      and (j.cause_id in (select u.id from unnest(p_ids) as u(id))) is true
     returning j.id, j.locked_by
   )
   delete from pgworker.notice n
