@@ -17,6 +17,7 @@ from bench.draining import foreign, held, throughput
 from bench.report import ratio, table
 from bench.setting import QUICK, Bench, Sizes
 from bench.sides import PeerMissingError, peers, pgworker
+from bench.trees import trees
 from pgworker_client.embedded import EmbeddedServer
 from pgworker_client.installations import NoPostgresError
 
@@ -27,6 +28,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "held": held,
     "foreign": foreign,
     "claims": claims,
+    "trees": trees,
 }
 
 

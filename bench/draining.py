@@ -30,15 +30,15 @@ def throughput(bench: Bench) -> None:
         for sides in bench.rounds():
             for side in sides:
                 with side.connect(bench.server) as conn:
-                    bench.note(row, side, _drain(bench, side, conn, processes))
+                    bench.note(row, side, drain(bench, side, conn, processes))
 
 
 def foreign(bench: Bench) -> None:
     """Drain with one process while due jobs of a task that it does not know lie in front of its own."""
     for _ in range(bench.runs):
         with bench.ours.connect(bench.server) as conn:
-            bench.note("foreign_without", bench.ours, _drain(bench, bench.ours, conn, 1))
-            bench.note("foreign", bench.ours, _drain(bench, bench.ours, conn, 1, foreign=bench.sizes.foreign))
+            bench.note("foreign_without", bench.ours, drain(bench, bench.ours, conn, 1))
+            bench.note("foreign", bench.ours, drain(bench, bench.ours, conn, 1, foreign=bench.sizes.foreign))
 
 
 def held(bench: Bench) -> None:
@@ -62,12 +62,37 @@ def held(bench: Bench) -> None:
                     bench.note(side.name, bench.ours, rate)
 
 
-def _drain(bench: Bench, side: Side, conn: psycopg.Connection[Any], processes: int, foreign: int = 0) -> float:
-    """Return jobs per second."""
+def drain(
+    bench: Bench,
+    side: Side,
+    conn: psycopg.Connection[Any],
+    processes: int,
+    *,
+    foreign: int = 0,
+    fill: str = "",
+    jobs: int = 0,
+    parents: int = 1,
+    more: int = 0,
+) -> float:
+    """Return jobs per second.
+
+    Args:
+        bench: the measurements.
+        side: whose jobs and workers.
+        conn: a connection to its database.
+        processes: workers.
+        foreign: jobs of another task that lie before its own.
+        fill: SQL that adds ``%(count)s`` jobs, ``%(parents)s`` times; else the side's own, of noop.
+        jobs: how many that are; else as many as the sizes say.
+        parents: how often so many.
+        more: how many jobs it adds beyond those that count.
+
+    """
+    count = jobs or bench.sizes.jobs
     conn.execute(side.clear)
     if foreign:
         conn.execute(side.add, {"count": foreign, "task": "foreign"})
-    conn.execute(side.add, {"count": bench.sizes.jobs, "task": "noop"})
+    conn.execute(fill or side.add, {"count": count, "parents": parents, "task": "noop"})
     side.settle(conn)
     with side.connect(bench.server) as gate:
         gate.autocommit = False
@@ -75,7 +100,7 @@ def _drain(bench: Bench, side: Side, conn: psycopg.Connection[Any], processes: i
         with _workers(bench, side, processes) as workers:
             wait_until(lambda: _waiting(conn, side) == processes, workers, "the workers' first claims", 0.02)
             time.sleep(0.3)  # a worker whose housekeeping came first stands here with its claim too
-            return _time(bench, side, gate, workers)
+            return _time(gate, side, workers, count * parents, more)
 
 
 def _round(bench: Bench, side: Side, workers: list[Child]) -> float:
@@ -83,24 +108,23 @@ def _round(bench: Bench, side: Side, workers: list[Child]) -> float:
     with side.connect(bench.server) as gate:
         gate.autocommit = False
         gate.execute(side.add, {"count": bench.sizes.jobs, "task": "noop"})
-        return _time(bench, side, gate, workers)
+        return _time(gate, side, workers, bench.sizes.jobs)
 
 
-def _time(bench: Bench, side: Side, gate: psycopg.Connection[Any], workers: list[Child]) -> float:
-    """Open the gate, which is a transaction, and return jobs per second until nothing is left."""
-    jobs = bench.sizes.jobs
+def _time(gate: psycopg.Connection[Any], side: Side, workers: list[Child], jobs: int, more: int = 0) -> float:
+    """Open the gate, which is a transaction, and return jobs per second until nothing is left, nor of the others."""
     row = gate.execute(f"select coalesce(max(id), 0) from {side.table}").fetchone()
     assert row is not None
     last = int(row[0])
     before = sum(worker.handled for worker in workers)
     begun = time.perf_counter()
     gate.commit()
-    wait_until(lambda: sum(worker.handled for worker in workers) - before >= jobs, workers, "all jobs handled")
+    wait_until(lambda: sum(worker.handled for worker in workers) - before >= jobs + more, workers, "all jobs handled")
     gate.autocommit = True
     # Jobs end roughly in the order of their ids: looking at the last ones is quick however many dead rows lie before.
     wait_until(lambda: not _any_from(gate, side, last - jobs // 10, last), workers, "an empty table")
     rate = jobs / (time.perf_counter() - begun)
-    wait_until(lambda: not _any_from(gate, side, last - jobs, last), workers, "an empty table")
+    wait_until(lambda: not _any_from(gate, side, last - jobs - more, last), workers, "an empty table")
     return rate
 
 

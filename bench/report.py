@@ -42,6 +42,16 @@ def rows(sizes: Sizes) -> list[Row]:
         Row("claim_behind", f"  {sizes.behind:,} behind one busy queue", "ms", "claim_empty"),
         Row("claim_busy_queues", f"  {10 * sizes.queues:,} in {sizes.queues:,} busy queues", "ms", "claim_empty"),
         Row("claim_foreign_queues", f"  {10 * sizes.queues:,} foreign, {sizes.queues:,} queues", "ms", "claim_empty"),
+        Row("tree_add_plain", f"adding {sizes.jobs:,} with one call", "jobs/s"),
+        Row("tree_add", "  a tree of as many", "jobs/s", "tree_add_plain"),
+        Row("tree_unrelated", f"{sizes.children:,} jobs with results, 4 processes", "jobs/s"),
+        Row("tree_children", "  children of one parent", "jobs/s", "tree_unrelated"),
+        Row("tree_hundreds", f"{sizes.jobs:,} children, a hundred a parent", "jobs/s"),
+        Row("tree_siblings", "  of one parent", "jobs/s", "tree_hundreds"),
+        Row("tree_slots_one", "children one by one, commits of 5 ms, 1 counter", "jobs/s"),
+        Row("tree_slots", "  as it is", "jobs/s", "tree_slots_one"),
+        Row("tree_held_not", f"{sizes.children:,} children of one parent", "jobs/s"),
+        Row("tree_held", "  the same under an old snapshot", "jobs/s", "tree_held_not"),
     ]
 
 

@@ -23,6 +23,8 @@ class Sizes:
         behind: jobs behind one busy queue.
         queues: serial queues, with ten jobs each.
         claims: claims of one job that are timed.
+        children: of one parent.
+        one_by_one: of one parent, ended one by one.
 
     """
 
@@ -35,10 +37,13 @@ class Sizes:
     behind: int = 100_000
     queues: int = 10_000
     claims: int = 2_000
+    children: int = 10_000
+    one_by_one: int = 1_500
 
 
 QUICK = Sizes(
-    jobs=2_000, singles=100, samples=100, gap=2, rounds=1, foreign=2_000, behind=2_000, queues=100, claims=50
+    jobs=2_000, singles=100, samples=100, gap=2, rounds=1, foreign=2_000, behind=2_000, queues=100, claims=50,
+    children=500, one_by_one=64,
 )  # fmt: skip
 
 

@@ -56,6 +56,13 @@ async def noop(payload: dict[str, Any], _ctx: Context) -> None:
     meter.handled += 1
 
 
+@worker.task
+async def kept(_payload: dict[str, Any], _ctx: Context) -> dict[str, int]:
+    """Do nothing, count it, and have a result."""
+    meter.handled += 1
+    return {"n": 1}
+
+
 def _stop_with_input() -> None:
     sys.stdin.read()
     worker.stop()

@@ -1,0 +1,136 @@
+"""What trees cost beyond jobs that are in none: adding them, and ending children of one parent.
+
+Children return a result, and so do the jobs that they are compared with, since the nodes of a tree are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+
+from bench.draining import drain
+from bench.setting import Bench
+from bench.sides import Side
+
+#: Of `tree_slots`.
+SESSIONS = 16
+COMMIT = 0.005
+
+_CHILD = "jsonb_build_object('identifier', 'kept', 'payload', jsonb_build_object('id', n))"
+_PLAIN = f"select from pgworker.add_jobs((select jsonb_agg({_CHILD}) from generate_series(1, %(count)s) as n))"
+_PARENT = f"""
+    pgworker.add_job_tree((select jsonb_build_object('identifier', 'noop', 'children', jsonb_agg({_CHILD}))
+                           from generate_series(1, %(count)s) as n))"""
+_TREE = f"select from {_PARENT}"
+_TREES = f"select count(t.id) from generate_series(1, %(parents)s) as g(p) cross join lateral {_PARENT} as t"
+#: As if there were one counter row for all children.
+_ONE_SLOT = (
+    "update pgworker.job j set slot = 0 where j.parent_id is not null",
+    "delete from pgworker.counter c where c.slot > 0",
+    "update pgworker.counter c set pending = (select count(*) from pgworker.job j where j.parent_id = c.job_id)",
+)
+
+
+def trees(bench: Bench) -> None:
+    """Measure everything about trees."""
+    adding(bench)
+    for _ in range(bench.runs):
+        children(bench)
+        siblings(bench)
+        one_by_one(bench)
+    held(bench)
+
+
+def adding(bench: Bench) -> None:
+    """Add as many nodes with one call as jobs."""
+    count = bench.sizes.jobs
+    with bench.ours.connect(bench.server) as conn:
+        for number in range(bench.runs):
+            for row, add in (("tree_add_plain", _PLAIN), ("tree_add", _TREE))[:: 1 if number % 2 == 0 else -1]:
+                conn.execute(bench.ours.clear)
+                bench.ours.settle(conn)
+                begun = time.perf_counter()
+                conn.execute(add, {"count": count})
+                bench.note(row, bench.ours, count / (time.perf_counter() - begun))
+        conn.execute(bench.ours.clear)
+
+
+def children(bench: Bench) -> None:
+    """Drain unrelated jobs, then children of one parent, with four processes."""
+    count = bench.sizes.children
+    with bench.ours.connect(bench.server) as conn:
+        bench.note("tree_unrelated", bench.ours, drain(bench, bench.ours, conn, 4, fill=_PLAIN, jobs=count))
+        bench.note("tree_children", bench.ours, drain(bench, bench.ours, conn, 4, fill=_TREE, jobs=count, more=1))
+
+
+def siblings(bench: Bench) -> None:
+    """Drain as many children of parents with a hundred each, then of one parent."""
+    count = bench.sizes.jobs
+    with bench.ours.connect(bench.server) as conn:
+        few = drain(bench, bench.ours, conn, 4, fill=_TREES, jobs=100, parents=count // 100, more=count // 100)
+        bench.note("tree_hundreds", bench.ours, few)
+        many = drain(bench, bench.ours, conn, 4, fill=_TREE, jobs=count, more=1)
+        bench.note("tree_siblings", bench.ours, many)
+
+
+def held(bench: Bench) -> None:
+    """Drain children of one parent in two databases that take turns; in one an old snapshot is held all the time."""
+    free, kept = (replace(bench.ours, name=name) for name in ("tree_held_not", "tree_held"))
+    with contextlib.ExitStack() as stack:
+        for side in (free, kept):
+            side.install(bench.server)
+        old = stack.enter_context(kept.connect(bench.server))
+        old.execute("begin isolation level repeatable read")
+        old.execute("select count(*) from pg_class")
+        for _ in range(bench.runs):
+            for side in (free, kept):
+                with side.connect(bench.server) as conn:
+                    count = bench.sizes.children
+                    rate = drain(bench, side, conn, 4, fill=_TREE, jobs=count, more=1)
+                    bench.note(side.name, bench.ours, rate)
+
+
+def one_by_one(bench: Bench) -> None:
+    """End children of one parent one by one from many sessions, each of which takes a while to commit."""
+    for row, one_slot in (("tree_slots_one", True), ("tree_slots", False)):
+        with bench.ours.connect(bench.server) as conn:
+            conn.execute(bench.ours.clear)
+            conn.execute(_TREE, {"count": bench.sizes.one_by_one})
+            for statement in _ONE_SLOT if one_slot else ():
+                conn.execute(statement)
+            bench.ours.settle(conn)
+            bench.note(row, bench.ours, _end_all(bench.ours, bench, conn, bench.sizes.one_by_one))
+
+
+def _end_all(side: Side, bench: Bench, conn: psycopg.Connection[Any], count: int) -> float:
+    (worker,) = conn.execute("select pgworker.register_worker()").fetchone() or (0,)
+    claimed: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for (job_id,) in conn.execute("select id from pgworker.get_jobs(%s, %s, '{kept}')", [worker, count]):
+        claimed.put(job_id)
+    assert claimed.qsize() == count
+
+    def end(session: psycopg.Connection[Any]) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                with session.transaction():
+                    session.execute("select pgworker.complete_job(%s, %s, '1')", [worker, claimed.get_nowait()])
+                    session.execute("select pg_sleep(%s)", [COMMIT])
+
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(side.connect(bench.server)) for _ in range(SESSIONS)]
+        threads = [threading.Thread(target=end, args=[session]) for session in sessions]
+        begun = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        taken = time.perf_counter() - begun
+    state = conn.execute("select state from pgworker.jobs where task_identifier = 'noop'").fetchone()
+    assert state == ("ready",), state
+    return count / taken
