@@ -181,10 +181,11 @@ comment on function pgworker.read_time(text, text, bigint, int[], int[]) is
 
 create function pgworker.read_specs(p_specs jsonb[], p_keys text[], p_base text, p_parents int[], p_places int[])
 returns table (n bigint, identifier text, payload jsonb, queue_name text, run_at timestamptz, max_attempts int,
-               job_key text, priority int, flags text[], job_key_mode text)
+               job_key text, priority int, flags text[], job_key_mode text, name text, on_failure text)
 language sql stable parallel safe
 begin atomic
-  select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts::int, s.job_key, s.priority::int, s.flags, s.job_key_mode
+  select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts::int, s.job_key, s.priority::int, s.flags, s.job_key_mode,
+         s.name, s.on_failure
   from (
     select e.n, e.spec ->> 'identifier' as identifier,
            coalesce(nullif(e.spec -> 'payload', 'null'), '{}') as payload,
@@ -195,7 +196,7 @@ begin atomic
            (e.spec ->> 'priority')::numeric as priority,
            case when jsonb_typeof(e.spec -> 'flags') = 'array'
                 then array(select f.flag from jsonb_array_elements_text(e.spec -> 'flags') as f(flag)) end as flags,
-           e.spec ->> 'job_key_mode' as job_key_mode
+           e.spec ->> 'job_key_mode' as job_key_mode, e.spec ->> 'name' as name, e.spec ->> 'on_failure' as on_failure
     from unnest(p_specs) with ordinality as e(spec, n)
     where case
       when jsonb_typeof(e.spec) = 'object'

@@ -313,7 +313,7 @@ begin
                 else p_slots[v_places[s.n] + 1] end,
            coalesce(v_ids[v_gates[s.n]], case when v_afters[s.n] > 0 then v_ids[s.n] end),
            v_counts[s.n] > 0 or v_gates[s.n] > 0 or v_afters[s.n] > 0, v_counts[s.n] > 0, v_leads[s.n],
-           v_specs[s.n] ->> 'name', v_specs[s.n] ->> 'on_failure'
+           s.name, s.on_failure                    -- not v_specs[s.n]: each look into that may walk through it
     from pgworker.read_specs(v_specs, pgworker.node_keys(), p_base, v_parents, v_places) s
     order by s.job_key nulls first, s.n
     on conflict (key) where key is not null do nothing
