@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 from tests.calling import FUTURE, Conn, add, call, register, row, rows, seen, value, values
 from tests.connections import Connections
@@ -59,7 +60,7 @@ def test_the_whole_tree_is_shown_in_order_whichever_job_is_named(tx: Conn) -> No
     tree = {"identifier": "r", "children": [
         node("a", {"identifier": "x"}, node("a2")), {"identifier": "y"}, node("b", after=["a"]),
     ]}  # fmt: skip
-    root = value(tx, "select (pgworker.add_job_tree(%s)).id", psycopg.types.json.Jsonb(tree))
+    root = value(tx, "select (pgworker.add_job_tree(%s)).id", Jsonb(tree))
     shown = rows(tx, "select * from pgworker.job_tree(%s)", root)
     assert [(job["depth"], job["path"], job["state"]) for job in shown] == [
         (0, "r", "waiting"), (1, "r/a", "waiting"), (2, "r/a/x", "ready"), (2, "r/a/a2", "ready"), (1, "r/y", "ready"),
