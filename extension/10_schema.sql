@@ -141,6 +141,7 @@ create table pgworker.finished (
   id              bigint      not null,
   run_at          timestamptz not null,
   created_at      timestamptz not null,
+  started_at      timestamptz,
   finished_at     timestamptz not null,
   keep_until      timestamptz not null,
   parent_id       bigint,
@@ -255,7 +256,7 @@ select j.id, j.task_identifier, j.queue_name,
        j.payload, j.priority::int as priority, j.run_at, j.attempts::int as attempts,
        j.max_attempts::int as max_attempts, j.last_error, j.key, j.revision, j.flags, j.parent_id, j.root_id, j.name,
        j.on_failure, j.progress, null::jsonb as result, j.locked_at, j.locked_by, j.created_at,
-       null::timestamptz as finished_at
+       null::timestamptz as finished_at, j.locked_at as started_at
 from pgworker.job j;
 comment on view pgworker.live is
   'Internal: live jobs as the view jobs shows them.';
@@ -263,14 +264,14 @@ comment on view pgworker.live is
 create view pgworker.jobs as
 select l.id, l.task_identifier, l.queue_name, l.state, l.payload, l.priority, l.run_at, l.attempts, l.max_attempts,
        l.last_error, l.key, l.revision, l.flags, l.parent_id, l.root_id, l.name, l.on_failure, l.progress, l.result,
-       l.locked_at, l.locked_by, l.created_at, l.finished_at
+       l.locked_at, l.locked_by, l.created_at, l.finished_at, l.started_at
 from pgworker.live l
 union all
 select f.id, f.task_identifier, f.queue_name, f.state,
        f.payload, f.priority::int, f.run_at, f.attempts::int,
        f.max_attempts::int, f.last_error, f.key, f.revision, f.flags, f.parent_id, f.root_id, f.name,
        f.on_failure, f.progress, f.result, null, null, f.created_at,
-       f.finished_at
+       f.finished_at, f.started_at
 from pgworker.finished f;
 comment on view pgworker.jobs is
   'One row per job that the database still knows, live or finished. state: waiting, scheduled, ready, running, '

@@ -32,7 +32,8 @@ comment on function pgworker.invalid_argument(text, text, numeric, text, numeric
 
 create function pgworker.refuse_argument(
   p_argument text, p_identifier text, p_queue_name text, p_max_attempts numeric, p_job_key text, p_priority numeric,
-  p_flags text[], p_job_key_mode text, p_run_at timestamptz default null, p_where text default ''
+  p_flags text[], p_job_key_mode text, p_run_at timestamptz default null, p_where text default '',
+  p_hint text default null
 ) returns boolean
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
@@ -70,12 +71,14 @@ begin
                        quote_literal(left(p_job_key_mode, 200)));
       v_hint := 'Leave it out, or null, for replace.';
   end case;
-  raise exception using errcode = v_code, message = format('%s%s %s', p_where, p_argument, v_says), hint = v_hint;
+  raise exception using errcode = v_code, message = format('%s%s %s', p_where, p_argument, v_says),
+    hint = coalesce(p_hint, v_hint);
 end
 $$;
 comment on function pgworker.refuse_argument(
-  text, text, text, numeric, text, numeric, text[], text, timestamptz, text) is
-  'Internal: raises 22023 (22004 for a null identifier) that names the argument, what it was and the way out.';
+  text, text, text, numeric, text, numeric, text[], text, timestamptz, text, text) is
+  'Internal: raises 22023 (22004 for a null identifier) that names the argument, what it was and the way out, which is '
+  'p_hint where it is not that of adding.';
 
 create function pgworker.refuse_spec(p_spec jsonb, p_where text, p_keys text[]) returns boolean
 language plpgsql immutable parallel safe
@@ -181,11 +184,10 @@ comment on function pgworker.read_time(text, text, bigint, int[], int[]) is
 
 create function pgworker.read_specs(p_specs jsonb[], p_keys text[], p_base text, p_parents int[], p_places int[])
 returns table (n bigint, identifier text, payload jsonb, queue_name text, run_at timestamptz, max_attempts int,
-               job_key text, priority int, flags text[], job_key_mode text, name text, on_failure text)
+               job_key text, priority int, flags text[], job_key_mode text)
 language sql stable parallel safe
 begin atomic
-  select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts::int, s.job_key, s.priority::int, s.flags, s.job_key_mode,
-         s.name, s.on_failure
+  select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts::int, s.job_key, s.priority::int, s.flags, s.job_key_mode
   from (
     select e.n, e.spec ->> 'identifier' as identifier,
            coalesce(nullif(e.spec -> 'payload', 'null'), '{}') as payload,
@@ -196,7 +198,7 @@ begin atomic
            (e.spec ->> 'priority')::numeric as priority,
            case when jsonb_typeof(e.spec -> 'flags') = 'array'
                 then array(select f.flag from jsonb_array_elements_text(e.spec -> 'flags') as f(flag)) end as flags,
-           e.spec ->> 'job_key_mode' as job_key_mode, e.spec ->> 'name' as name, e.spec ->> 'on_failure' as on_failure
+           e.spec ->> 'job_key_mode' as job_key_mode
     from unnest(p_specs) with ordinality as e(spec, n)
     where case
       when jsonb_typeof(e.spec) = 'object'

@@ -48,13 +48,14 @@ declare
   v_now   constant timestamptz := pgworker.clock(now());
   v_run_at constant timestamptz := coalesce(p_run_at, v_now);
   v_flags constant text[] := nullif(p_flags, '{}');
+  v_payload constant jsonb := coalesce(nullif(p_payload, 'null'), '{}');
   v_due   timestamptz;
   v_id    bigint;
 begin
   loop
     insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
                                    created_at)
-    values (coalesce(p_id, nextval('pgworker.job_id')), p_identifier, coalesce(p_payload, '{}'), p_queue_name, v_run_at,
+    values (coalesce(p_id, nextval('pgworker.job_id')), p_identifier, v_payload, p_queue_name, v_run_at,
             coalesce(p_max_attempts, 25), p_key, coalesce(p_priority, 0), v_flags, v_now)
     on conflict (key) where key is not null do nothing
     returning j.id, j.run_at into v_id, v_due;
@@ -68,8 +69,8 @@ begin
     else
       update pgworker.job j
       set task_identifier = p_identifier,
-          payload = case when jsonb_typeof(j.payload) = 'array' and jsonb_typeof(p_payload) = 'array'
-                         then j.payload || p_payload else coalesce(p_payload, '{}') end,
+          payload = case when jsonb_typeof(j.payload) = 'array' and jsonb_typeof(v_payload) = 'array'
+                         then j.payload || v_payload else v_payload end,
           queue_name = p_queue_name,
           run_at = case when p_mode = 'preserve_run_at' and j.attempts = 0 then j.run_at else v_run_at end,
           max_attempts = coalesce(p_max_attempts, 25),
@@ -135,8 +136,9 @@ begin
 end
 $$;
 comment on function pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text) is
-  'Adds a job in the caller''s transaction and returns it. Nulls mean: payload {}, no serial queue, run now, 25 attempts, '
-  'no key, priority 0, no flags, mode replace. Raises 22023 for a value out of its limits, 22004 for a null identifier.';
+  'Adds a job in the caller''s transaction and returns it. Nulls mean: payload {} (so does JSON''s null), no serial queue, '
+  'run now, 25 attempts, no key, priority 0, no flags, mode replace. Raises 22023 for a value out of its limits, 22004 '
+  'for a null identifier.';
 
 create function pgworker.add_job(
   identifier   text,
@@ -153,12 +155,13 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return pgworker.add_job(add_job.identifier, add_job.payload::jsonb, add_job.queue_name, add_job.run_at,
+  return pgworker.add_job(add_job.identifier, add_job.payload::text, add_job.queue_name, add_job.run_at,
                           add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
 end
 $$;
 comment on function pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text) is
-  'add_job with a payload of type json, as row_to_json() and json_build_object() make it.';
+  'add_job with a payload of type json, as row_to_json() and json_build_object() make it. Raises 22023 also for '
+  'what jsonb cannot hold (\u0000, a number beyond numeric).';
 
 create function pgworker.add_job(
   identifier   text,
@@ -174,13 +177,29 @@ create function pgworker.add_job(
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_payload jsonb;
+  v_says    text;
+  v_more    text;
 begin
-  return pgworker.add_job(add_job.identifier, add_job.payload::jsonb, add_job.queue_name, add_job.run_at,
-                          add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
+  -- Before PostgreSQL 16 there is no other way to learn that a text is no JSON. It costs a microsecond, and a payload of
+  -- type jsonb does not come here.
+  begin
+    v_payload := add_job.payload::jsonb;
+  exception when data_exception or program_limit_exceeded then
+    get stacked diagnostics v_says = message_text, v_more = pg_exception_detail;
+    raise exception using errcode = '22023',
+      message = format('payload must be JSON that jsonb can hold, got %s', quote_literal(left(add_job.payload, 200))),
+      detail = concat_ws(': ', v_says, nullif(v_more, '')),
+      hint = 'Write JSON, for example ''{"to": "ada@example.com"}''; to_jsonb() makes some of any value. Leave it out, or '
+             'null, for {}.';
+  end;
+  return pgworker.add_job(add_job.identifier, v_payload, add_job.queue_name, add_job.run_at, add_job.max_attempts,
+                          add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode);
 end
 $$;
 comment on function pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text) is
-  'add_job with a payload written as text or as a plain literal; it must be JSON.';
+  'add_job with a payload written as text or as a plain literal. Raises 22023 also for what is not JSON.';
 
 create function pgworker.add_jobs(specs jsonb) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe security definer
@@ -199,6 +218,8 @@ declare
   v_first bigint[];
   v_due   boolean;
   v_past  boolean;
+  v_changed boolean;
+  v_moved boolean;
   v_spec  record;
   v_one   pgworker.jobs;
   v_rows  pgworker.jobs[];
@@ -265,24 +286,69 @@ begin
     end;
   end loop;
 
-  -- The rest meets a live job, or another spec with its key: folded in the order given, as single calls would. All rows
-  -- are locked by us by now.
+  -- The rest meets a live job, or another spec with its key: folded in the order given, as single calls would (put_job). All
+  -- rows are locked by us by now. What becomes of a row is reckoned here and written once: a transaction that writes one
+  -- row thousands of times walks over all its versions each time.
   if cardinality(v_folds) > 0 then
     for v_spec in
       select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
-             s.job_key_mode, a.id is not null as added
+             coalesce(s.job_key_mode, 'replace') as mode, a.id is not null as added,
+             lag(s.job_key) over w is null as first, lead(s.job_key) over w is null as last
       from pgworker.read_specs(v_specs, pgworker.job_keys(), 'specs', null, null) s
       join unnest(v_folds) as f(n) on f.n = s.n
       left join unnest(v_first) as a(id) on a.id = v_ids[s.n]
-      order by s.n
+      window w as (partition by s.job_key order by s.n)
+      order by s.job_key, s.n
     loop
-      if not v_spec.added then
+      if v_spec.first then
+        select v.* into v_one from pgworker.live v where v.key = v_spec.job_key;
+        v_changed := false;
+        v_moved := false;
+      end if;
+      if v_spec.added then
+        null;                                      -- this very spec made the row
+      elsif v_spec.mode = 'unsafe_dedupe' then
+        v_one.revision := v_one.revision + 1;
+        v_changed := true;
+      elsif v_one.state = 'running' then
+        update pgworker.job j set revision = v_one.revision where j.id = v_one.id and v_changed;
         v_ids[v_spec.n] := pgworker.put_job(v_ids[v_spec.n], v_spec.identifier, v_spec.payload, v_spec.queue_name,
                                             v_spec.run_at, v_spec.max_attempts, v_spec.job_key, v_spec.priority,
-                                            v_spec.flags, coalesce(v_spec.job_key_mode, 'replace'));
+                                            v_spec.flags, v_spec.mode);
+        select v.* into v_one from pgworker.live v where v.id = v_ids[v_spec.n];
+        v_changed := false;
+      else
+        v_one.task_identifier := v_spec.identifier;
+        v_one.payload := case when jsonb_typeof(v_one.payload) = 'array' and jsonb_typeof(v_spec.payload) = 'array'
+                              then v_one.payload || v_spec.payload else v_spec.payload end;
+        v_one.queue_name := v_spec.queue_name;
+        if v_spec.mode <> 'preserve_run_at' or v_one.attempts > 0 then
+          v_one.run_at := coalesce(v_spec.run_at, v_now);
+        end if;
+        v_one.max_attempts := coalesce(v_spec.max_attempts, 25);
+        v_one.priority := coalesce(v_spec.priority, 0);
+        v_one.flags := nullif(v_spec.flags, '{}');
+        v_one.attempts := 0;
+        v_one.last_error := null;
+        v_one.progress := null;
+        v_one.revision := v_one.revision + 1;
+        v_one.state := case when v_one.state = 'waiting' then 'waiting'
+                            when v_one.run_at > pgworker.clock() then 'scheduled' else 'ready' end;
+        v_changed := true;
+        v_moved := true;
       end if;
-      select v.* into v_one from pgworker.jobs v where v.id = v_ids[v_spec.n];
-      v_rows[v_spec.n] := v_one;
+      v_ids[v_spec.n] := v_one.id;
+      v_rows[v_spec.n] := v_one;                   -- a folded job is returned as its own call would have left it
+      if v_spec.last and v_changed then
+        update pgworker.job j
+        set task_identifier = v_one.task_identifier, payload = v_one.payload, queue_name = v_one.queue_name,
+            run_at = v_one.run_at, max_attempts = v_one.max_attempts, priority = v_one.priority, flags = v_one.flags,
+            attempts = v_one.attempts, last_error = v_one.last_error, progress = v_one.progress,
+            revision = v_one.revision
+        where j.id = v_one.id;
+        v_due := v_due or (v_moved and v_one.run_at <= pgworker.clock());
+        v_past := v_past or (v_moved and v_one.run_at < v_now);
+      end if;
     end loop;
   end if;
 
@@ -297,9 +363,9 @@ begin
     return query select r.* from pgworker.job_rows(v_ids) r;
   else
     for v_n in 1 .. cardinality(v_ids) loop
-      v_one := v_rows[v_n];                        -- a folded job is returned as its own call left it
+      v_one := v_rows[v_n];
       if v_one.id is null then
-        select v.* into v_one from pgworker.jobs v where v.id = v_ids[v_n];
+        select v.* into v_one from pgworker.live v where v.id = v_ids[v_n];
       end if;
       return next v_one;
     end loop;

@@ -1,208 +1,13 @@
 -- 35_trees.sql: adding trees of jobs, in the caller's transaction
 --
---   node_keys       what a node may have
---   parts, slot     how a counter is divided
---   find_cycle      siblings that wait for each other
---   refuse_tree     the error for it
---   check_nodes     what makes a tree of jobs impossible
 --   add_counters    what the jobs of a new tree wait for
 --   put_nodes       checked nodes into the table
 --   add_job_tree    the public function
 --   add_children    a running job adds children to itself
 --
--- Everything is checked before anything is written. Nodes are read flat, numbered from 1 in the order in which the tree
--- reads: a node before its children, siblings as given; ids ascend likewise, so that of jobs of the same priority and time
--- an ancestor comes before its descendants and the first child before the second.
+-- Ids ascend as the tree reads: a node before its children, siblings as given; so of jobs of the same priority and time an
+-- ancestor comes before its descendants, the first child before the second.
 -- Locks: none but those of the unique job keys; add_children holds the row of the running job, then its counters.
-
-create function pgworker.node_keys() returns text[]
-language sql immutable parallel safe
-return pgworker.job_keys() || array['name', 'on_failure', 'children', 'after'];
-comment on function pgworker.node_keys() is 'Internal: the keys of an object that describes a node of a tree.';
-
--- Up to 31 are counted in the total itself; more in a number of parts, dealt round, because jobs that lie side by side are
--- claimed, and so ended, at about the same time by different sessions.
-create function pgworker.parts(p_count bigint) returns int
-language sql immutable parallel safe
-return case when p_count < 32 then 0 else least(32, p_count / 8) end::int;
-comment on function pgworker.parts(bigint) is
-  'Internal: in how many parts the counter of a job that waits for so many is divided; 0: it is not.';
-
-create function pgworker.slot(p_place bigint, p_count bigint) returns smallint
-language sql immutable parallel safe
-return (case when pgworker.parts(p_count) = 0 then 0 else 1 + p_place % pgworker.parts(p_count) end)::smallint;
-comment on function pgworker.slot(bigint, bigint) is
-  'Internal: the slot of a counter in which the p_place-th (from 0) of so many is counted.';
-
-create function pgworker.find_cycle(p_from int[], p_to int[]) returns int[]
-language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_most  constant int := (select max(greatest(e.f, e.t)) from unnest(p_from, p_to) as e(f, t));
-  v_wait  int[] := array_fill(0, array[v_most]);   -- for how many each still waits
-  v_first int[] := array_fill(0, array[v_most]);   -- where the edges from each begin
-  v_prior int[] := array_fill(0, array[v_most]);   -- one that each waits for
-  v_from  int[];
-  v_to    int[];
-  v_ready int[];
-  v_top   int;
-  v_node  int;
-  v_edge  int;
-  v_seen  boolean[] := array_fill(false, array[v_most]);
-  v_cycle int[];
-begin
-  select array_agg(e.f order by e.f), array_agg(e.t order by e.f) into v_from, v_to from unnest(p_from, p_to) as e(f, t);
-  for v_i in reverse cardinality(v_from) .. 1 loop
-    v_first[v_from[v_i]] := v_i;
-    v_wait[v_to[v_i]] := v_wait[v_to[v_i]] + 1;
-  end loop;
-  -- Take away whatever waits for nothing, until nothing can be taken any more.
-  v_ready := array(select g.n from generate_series(1, v_most) as g(n) where v_wait[g.n] = 0);
-  v_top := cardinality(v_ready);
-  while v_top > 0 loop
-    v_node := v_ready[v_top];
-    v_top := v_top - 1;
-    v_edge := v_first[v_node];
-    while v_edge > 0 and v_from[v_edge] = v_node loop
-      v_wait[v_to[v_edge]] := v_wait[v_to[v_edge]] - 1;
-      if v_wait[v_to[v_edge]] = 0 then
-        v_top := v_top + 1;
-        v_ready[v_top] := v_to[v_edge];
-      end if;
-      v_edge := v_edge + 1;
-    end loop;
-  end loop;
-  -- What is left waits for something that is left.
-  for v_i in 1 .. cardinality(v_from) loop
-    if v_wait[v_from[v_i]] > 0 and v_wait[v_to[v_i]] > 0 then
-      v_prior[v_to[v_i]] := v_from[v_i];
-      v_node := v_to[v_i];
-    end if;
-  end loop;
-  if v_node is null or v_wait[v_node] = 0 then
-    return null;
-  end if;
-  while not v_seen[v_node] loop
-    v_seen[v_node] := true;
-    v_node := v_prior[v_node];
-  end loop;
-  v_cycle := array[v_node];
-  loop
-    v_node := v_prior[v_node];
-    v_cycle := v_cycle || v_node;
-    exit when v_node = v_cycle[1];
-  end loop;
-  return v_cycle;
-end
-$$;
-comment on function pgworker.find_cycle(int[], int[]) is
-  'Internal: a cycle in the graph with these edges, each node waiting for the next, from a node back to itself; null if '
-  'there is none. Takes time in proportion to the edges.';
-
-create function pgworker.refuse_tree(p_message text, p_hint text) returns void
-language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  raise exception using errcode = 'PW003', message = p_message, hint = p_hint;
-end
-$$;
-comment on function pgworker.refuse_tree(text, text) is 'Internal: raises PW003.';
-
-create function pgworker.check_nodes(
-  p_specs jsonb[], p_base text, p_parents int[], p_places int[], p_taken text[], out froms int[], out tos int[]
-)
-language plpgsql stable parallel safe
-set search_path = pg_catalog, pg_temp
-set enable_nestloop = off
-set jit = off
-as $$
-declare
-  v_bad   record;
-  v_cycle int[];
-begin
-  select s.n, s.spec ->> 'name' as name, s.spec ->> 'on_failure' as policy into v_bad
-  from unnest(p_specs) with ordinality as s(spec, n)
-  where length(s.spec ->> 'name') not between 1 and 128
-     or s.spec ->> 'on_failure' not in ('fail-parent', 'ignore', 'remove')
-  order by s.n limit 1;
-  if length(v_bad.name) not between 1 and 128 then
-    raise exception using errcode = '22023',
-      message = format('%s.name must be 1 to 128 characters long, got %s',
-                       pgworker.spec_label(p_base, v_bad.n, p_parents, p_places), length(v_bad.name)),
-      hint = 'A name is what siblings call the job in their after; leave it out where nobody does.';
-  elsif found then
-    perform pgworker.refuse_tree(
-      format('%s.on_failure must be one of fail-parent, ignore, remove, got %s',
-             pgworker.spec_label(p_base, v_bad.n, p_parents, p_places), quote_literal(left(v_bad.policy, 200))),
-      'Leave it out for fail-parent.');
-  end if;
-
-  select min(m.n) as n, m.name into v_bad
-  from (select s.n, p_parents[s.n] as parent, s.spec ->> 'name' as name
-        from unnest(p_specs) with ordinality as s(spec, n) where s.spec ->> 'name' is not null
-        union all
-        select 0, 0, t.name from unnest(p_taken) as t(name)) as m
-  group by m.parent, m.name having count(*) > 1
-  order by 1 limit 1;
-  if found then
-    select max(s.n) as n, v_bad.name as name into v_bad
-    from unnest(p_specs) with ordinality as s(spec, n)
-    where s.spec ->> 'name' = v_bad.name and p_parents[s.n] = coalesce(p_parents[nullif(v_bad.n, 0)], 0);
-    perform pgworker.refuse_tree(
-      format('%s.name %s is taken by one of its siblings', pgworker.spec_label(p_base, v_bad.n, p_parents, p_places),
-             quote_literal(v_bad.name)),
-      'Names are unique among siblings.');
-  end if;
-
-  if not exists (select from unnest(p_specs) as s(spec) where s.spec -> 'after' <> '[]' and s.spec -> 'after' <> 'null') then
-    return;
-  end if;
-  with member as (
-    select s.n, p_parents[s.n] as parent, s.spec ->> 'name' as name, s.spec -> 'after' as after
-    from unnest(p_specs) with ordinality as s(spec, n)
-  ), wish as (
-    select distinct m.n, m.parent, a.name
-    from member m
-    cross join lateral jsonb_array_elements_text(m.after) as a(name)
-    where m.after <> '[]' and m.after <> 'null'
-  )
-  select array_agg(coalesce(o.n, 0)::int order by w.n, o.n), array_agg(w.n::int order by w.n, o.n),
-         min(w.n) filter (where o.n is null) as n, min(w.name) filter (where o.n is null) as name
-  into froms, tos, v_bad.n, v_bad.name
-  from wish w
-  left join member o on o.parent = w.parent and o.name = w.name;
-  if v_bad.n is not null then
-    select v_bad.n, min(a.name) as name into v_bad
-    from jsonb_array_elements_text(p_specs[v_bad.n] -> 'after') as a(name)
-    where not exists (select from unnest(p_specs) with ordinality as s(spec, n)
-                      where s.spec ->> 'name' = a.name and p_parents[s.n] = p_parents[v_bad.n]);
-    perform pgworker.refuse_tree(
-      format('%s.after names %s, which none of its siblings is called',
-             pgworker.spec_label(p_base, v_bad.n, p_parents, p_places), quote_literal(left(v_bad.name, 200))),
-      coalesce((select 'Its siblings'' names: ' || string_agg(quote_literal(s.spec ->> 'name'), ', ' order by s.n) || '.'
-                from unnest(p_specs) with ordinality as s(spec, n)
-                where p_parents[s.n] = p_parents[v_bad.n] and s.spec ->> 'name' is not null and s.n <> v_bad.n),
-               'Give the sibling that it is to wait for a name.'));
-  end if;
-
-  -- A cycle cannot do without an edge from a later sibling, or from the job itself.
-  if exists (select from unnest(froms, tos) as e(f, t) where e.f >= e.t) then
-    v_cycle := pgworker.find_cycle(froms, tos);
-    if v_cycle is not null then
-      perform pgworker.refuse_tree(
-        format('%s waits for itself: %s', pgworker.spec_label(p_base, v_cycle[1], p_parents, p_places),
-               (select string_agg(quote_literal(p_specs[c.n] ->> 'name'), ' after ' order by c.place)
-                from unnest(v_cycle) with ordinality as c(n, place))),
-        'Take one of these out of an after.');
-    end if;
-  end if;
-end
-$$;
-comment on function pgworker.check_nodes(jsonb[], text, int[], int[], text[]) is
-  'Internal: raises PW003 (22023 for a name out of its limits) for nodes that cannot be a tree; returns which waits for '
-  'which of its siblings. p_taken: names that siblings of the topmost ones have already.';
 
 create function pgworker.add_counters(p_after boolean, p_ids bigint[], p_counts bigint[]) returns void
 language plpgsql volatile parallel unsafe
@@ -235,6 +40,8 @@ declare
   v_counts  int[];                                 -- of children
   v_depths  int[];
   v_gates   int[];                                 -- the nearest above that waits for siblings; 0: none
+  v_orders  int[];                                 -- as the tree reads
+  v_tree    record;
   v_edges   record;
   v_afters  int[];                                 -- how many siblings each waits for
   v_leads   boolean[];                             -- whether a sibling waits for it
@@ -244,40 +51,14 @@ declare
   v_due     boolean;
   v_past    boolean;
 begin
-  with recursive flat as (
-    select array[e.n::int] as path, e.spec, 1 as depth, null::int[] as gate
-    from jsonb_array_elements(p_nodes) with ordinality as e(spec, n)
-    union all
-    select f.path || e.n::int, e.spec, f.depth + 1,
-           case when jsonb_typeof(f.spec -> 'after') = 'array' and f.spec -> 'after' <> '[]' then f.path else f.gate end
-    from flat f
-    cross join lateral jsonb_array_elements(case when jsonb_typeof(f.spec -> 'children') = 'array'
-                                                 then f.spec -> 'children' end) with ordinality as e(spec, n)
-    where f.depth <= 2000
-  ), numbered as materialized (
-    select f.path, f.depth, f.gate, row_number() over (order by f.path)::int as n,
-           case when jsonb_typeof(f.spec -> 'children') = 'array' then f.spec - 'children' else f.spec end as spec,
-           case when jsonb_typeof(f.spec -> 'children') = 'array' then jsonb_array_length(f.spec -> 'children')
-                else 0 end as children
-    from flat f
-  )
-  select array_agg(c.spec order by c.n), array_agg(coalesce(p.n, 0) order by c.n),
-         array_agg(c.path[c.depth] - 1 order by c.n), array_agg(c.children order by c.n),
-         array_agg(c.depth order by c.n), array_agg(coalesce(g.n, 0) order by c.n)
-  into v_specs, v_parents, v_places, v_counts, v_depths, v_gates
-  from numbered c
-  left join numbered p on p.path = c.path[1 : c.depth - 1]
-  left join numbered g on g.path = c.gate;
-  if v_specs is null then
-    return array[]::bigint[];
-  end if;
-  if (select max(d.depth) from unnest(v_depths) as d(depth)) > 2000 then
-    perform pgworker.refuse_tree(format('%s has more than 2000 levels', p_base),
-                                 'Jobs can add further levels below themselves when they run, with add_children().');
-  end if;
+  v_tree := pgworker.read_tree(p_nodes, p_base);
+  v_specs := v_tree.specs;
+  v_parents := v_tree.parents;
+  v_places := v_tree.places;
+  v_counts := v_tree.counts;
+  v_depths := v_tree.depths;
+  v_gates := v_tree.gates;
 
-  -- Shapes and limits first, since the rest relies on them.
-  perform count(s.n) from pgworker.read_specs(v_specs, pgworker.node_keys(), p_base, v_parents, v_places) s;
   v_edges := pgworker.check_nodes(v_specs, p_base, v_parents, v_places, case when p_parent.id is not null then array(
     select b.name from pgworker.job b where b.root_id = p_parent.root_id and b.parent_id = p_parent.id and b.name is not null
     union all
@@ -295,7 +76,9 @@ begin
       'A key is unique among live jobs.');
   end if;
 
+  v_orders := v_tree.orders;
   select array_agg(nextval('pgworker.job_id') order by g.n) into v_ids from generate_series(1, cardinality(v_specs)) as g(n);
+  v_ids := array(select v_ids[o.place] from unnest(v_orders) with ordinality as o(place, n) order by o.n);
   select array_agg(coalesce(t.n, 0)::int order by g.n), array_agg(f.n is not null order by g.n) into v_afters, v_leads
   from generate_series(1, cardinality(v_specs)) as g(n)
   left join (select e.node, count(*) as n from unnest(v_edges.tos) as e(node) group by e.node) as t on t.node = g.n
@@ -313,8 +96,10 @@ begin
                 else p_slots[v_places[s.n] + 1] end,
            coalesce(v_ids[v_gates[s.n]], case when v_afters[s.n] > 0 then v_ids[s.n] end),
            v_counts[s.n] > 0 or v_gates[s.n] > 0 or v_afters[s.n] > 0, v_counts[s.n] > 0, v_leads[s.n],
-           s.name, s.on_failure                    -- not v_specs[s.n]: each look into that may walk through it
+           w.spec ->> 'name', w.spec ->> 'on_failure'
     from pgworker.read_specs(v_specs, pgworker.node_keys(), p_base, v_parents, v_places) s
+    -- joined, not v_specs[s.n]: to find one of an array's elements of different lengths all before it are walked over
+    join unnest(v_specs) with ordinality as w(spec, n) on w.n = s.n
     order by s.job_key nulls first, s.n
     on conflict (key) where key is not null do nothing
     returning j.id, j.waiting, j.run_at

@@ -23,6 +23,7 @@ set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_now   constant timestamptz := pgworker.clock();
@@ -40,13 +41,13 @@ begin
     returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, coalesce(e.cause_id, j.cause_id) as cause_id,
               j.revision, j.depth, j.priority, j.attempts, j.max_attempts, j.has_children, j.has_followers, e.state,
               j.task_identifier, j.payload, j.queue_name, j.key, j.flags, coalesce(e.error, j.last_error) as last_error,
-              j.progress, e.result, j.name, j.on_failure, j.locked_by
+              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by
   ), kept as (
-    insert into pgworker.finished (id, run_at, created_at, finished_at, keep_until, parent_id, root_id, cause_id,
+    insert into pgworker.finished (id, run_at, created_at, started_at, finished_at, keep_until, parent_id, root_id, cause_id,
                                    revision, depth, priority, attempts, max_attempts, has_children, has_followers,
                                    state, task_identifier, payload, queue_name, key, flags, last_error, progress,
                                    result, name, on_failure)
-    select g.id, g.run_at, g.created_at, v_now,
+    select g.id, g.run_at, g.created_at, g.locked_at, v_now,
            case when g.parent_id is not null then 'infinity' when g.state = 'completed' then v_now + interval '1 day'
                 else v_now + interval '30 days' end,
            g.parent_id, g.root_id, g.cause_id, g.revision, g.depth, g.priority, g.attempts, g.max_attempts,
@@ -72,6 +73,7 @@ set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_now   constant timestamptz := pgworker.clock();
@@ -248,6 +250,7 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_job pgworker.job;
@@ -269,6 +272,7 @@ create function pgworker.complete_job(worker_id bigint, job_id bigint, result js
 returns void
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_job pgworker.job;
@@ -290,6 +294,7 @@ language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_job   pgworker.job;

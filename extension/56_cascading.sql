@@ -54,6 +54,7 @@ set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_empty bigint[];
@@ -74,22 +75,24 @@ begin
     )
     select array_agg(c.job_id) filter (where c.pending = 0) into v_empty from counted c;
   end if;
-  with hit as materialized (
-    select t.job_id, sum(t.n)::int as n
-    from (select u.job_id, 1 as n from unnest(p_ids, p_slots) as u(job_id, slot) where u.slot = 0
-          union all
-          select e.job_id, 1 from unnest(v_empty) as e(job_id)
-          union all
-          select h.job_id, 0 from unnest(p_held) as h(job_id)) as t
-    group by t.job_id
-    order by t.job_id
-  ), counted as (
-    update pgworker.counter c set pending = c.pending - h.n
-    from hit h
-    where c.job_id = any (array[h.job_id]) and c.after = p_after and c.slot = 0
-    returning c.job_id, c.pending, h.n
-  )
-  select array_agg(c.job_id) filter (where c.pending = 0 and c.n > 0) into v_done from counted c;
+  if 0 = any (p_slots) or v_empty is not null or cardinality(p_held) > 0 then
+    with hit as materialized (
+      select t.job_id, sum(t.n)::int as n
+      from (select u.job_id, 1 as n from unnest(p_ids, p_slots) as u(job_id, slot) where u.slot = 0
+            union all
+            select e.job_id, 1 from unnest(v_empty) as e(job_id)
+            union all
+            select h.job_id, 0 from unnest(p_held) as h(job_id)) as t
+      group by t.job_id
+      order by t.job_id
+    ), counted as (
+      update pgworker.counter c set pending = c.pending - h.n
+      from hit h
+      where c.job_id = any (array[h.job_id]) and c.after = p_after and c.slot = 0
+      returning c.job_id, c.pending, h.n
+    )
+    select array_agg(c.job_id) filter (where c.pending = 0 and c.n > 0) into v_done from counted c;
+  end if;
   return v_done;
 end
 $$;
@@ -102,6 +105,7 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_locked bigint[];
@@ -131,6 +135,7 @@ set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_gates bigint[] := p_ids;
@@ -247,6 +252,7 @@ set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_ids     bigint[];

@@ -44,6 +44,7 @@ set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_ids     bigint[];
@@ -99,6 +100,7 @@ set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_ids     bigint[];
@@ -155,31 +157,38 @@ create function pgworker.settle_ended(p_ended pgworker.ended[]) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
-set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_rest    pgworker.ended[] := p_ended;
   v_level   pgworker.ended[];
   v_failing pgworker.ended[];
-  v_depth   int;
+  v_all     record;
   v_parents bigint[];                              -- those that are live
   v_ids     bigint[];
   v_slots   smallint[];
   v_roots   bigint[];
   v_errors  text[];
   v_causes  bigint[];
-  v_follow  boolean;
 begin
   while cardinality(v_rest) > 0 loop
-    select max(e.depth), bool_or(e.has_followers) into v_depth, v_follow from unnest(v_rest) as e;
-    v_level := array(select e from unnest(v_rest) as e where e.depth = v_depth);
-    v_rest := array(select e from unnest(v_rest) as e where e.depth < v_depth);
+    select max(e.depth) as depth, max(e.depth) = min(e.depth) as level, bool_or(e.has_followers) as followed,
+           bool_or(e.owns) as own, bool_or(e.vanishes) as vanish, count(distinct e.parent_id) as parents
+    into v_all
+    from unnest(v_rest) as e;
+    if v_all.level then                            -- nearly always
+      v_level := v_rest;
+      v_rest := '{}';
+    else
+      v_level := array(select e from unnest(v_rest) as e where e.depth = v_all.depth);
+      v_rest := array(select e from unnest(v_rest) as e where e.depth < v_all.depth);
+    end if;
 
     -- Downwards. Counters of what is gone: a session that is just counting down on one holds it.
-    select array_agg(e.id) into v_ids from unnest(v_level) as e where e.owns;
-    if v_ids is not null then
+    if v_all.own then
+      v_ids := array(select e.id from unnest(v_level) as e where e.owns);
       delete from pgworker.counter c
       where c.ctid = any (array(select o.ctid from pgworker.counter o where o.job_id = any (v_ids) for update skip locked));
       perform pgworker.postpone(array(select distinct c.job_id from pgworker.counter c where c.job_id = any (v_ids)), 'forget');
@@ -194,7 +203,7 @@ begin
     -- Sideways.
     v_parents := array(select p.id from pgworker.job p
                        where p.id = any (array(select distinct e.parent_id from unnest(v_level) as e)));
-    if v_follow then
+    if v_all.followed then
       perform pgworker.settle_followers(v_level, v_parents);
     end if;
 
@@ -202,7 +211,8 @@ begin
     select array_agg(e.parent_id), array_agg(e.slot), array_agg(e) filter (where e.fails)
     into v_ids, v_slots, v_failing
     from unnest(v_level) as e
-    where e.slot is not null and (e.parent_id in (select p.id from unnest(v_parents) as p(id))) is true;
+    join unnest(v_parents) as p(id) on p.id = e.parent_id
+    where e.slot is not null;
     if v_ids is not null then
       v_ids := pgworker.count_down(false, v_ids, v_slots, array(select f.parent_id from unnest(v_failing) as f));
       if v_ids is not null then
@@ -215,13 +225,16 @@ begin
     end if;
 
     -- What nobody is to see any more: by policy, because it was deleted, or because its parent was.
-    select array_agg(e.id), array_agg(e.root_id) into v_ids, v_roots
-    from unnest(v_level) as e
-    where e.vanishes
-       or e.parent_id is not null and e.parent_id not in (select p.id from unnest(v_parents) as p(id))
-          and not exists (select from pgworker.finished f where f.id = e.parent_id offset 0);
-    if v_ids is not null then
-      perform pgworker.forget(v_ids, v_roots);
+    if v_all.vanish or v_all.parents > cardinality(v_parents) then
+      select array_agg(e.id), array_agg(e.root_id) into v_ids, v_roots
+      from unnest(v_level) as e
+      where e.vanishes
+         or e.parent_id is not null
+            and not exists (select from unnest(v_parents) as p(id) where p.id = e.parent_id)
+            and not exists (select from pgworker.finished f where f.id = e.parent_id offset 0);
+      if v_ids is not null then
+        perform pgworker.forget(v_ids, v_roots);
+      end if;
     end if;
   end loop;
 end
@@ -236,6 +249,7 @@ set search_path = pg_catalog, pg_temp
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_ended pgworker.ended[];

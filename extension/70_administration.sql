@@ -79,7 +79,8 @@ begin
                                          null, reschedule_jobs.run_at);
   if v_invalid is not null then
     perform pgworker.refuse_argument(v_invalid, '-', null, reschedule_jobs.max_attempts, null, reschedule_jobs.priority,
-                                     null, null, reschedule_jobs.run_at);
+                                     null, null, reschedule_jobs.run_at,
+                                     p_hint => 'Leave it out, or null, to leave it as it is.');
   end if;
   if attempts not between 0 and 32766 then
     raise exception using errcode = '22023',

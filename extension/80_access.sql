@@ -4,11 +4,26 @@
 -- installing role (SECURITY DEFINER, pinned search_path) where it has to touch a table. Administration stays with the
 -- owner.
 
+create function pgworker.refuse_role(p_role regrole) returns void
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not exists (select from pg_catalog.pg_roles r where r.oid = p_role) then
+    raise exception using errcode = case when p_role is null then '22004' else '42704' end,
+      message = case when p_role is null then 'role must not be null' else format('role %s does not exist', p_role) end,
+      hint = 'Name one that exists, for example ''shop_app''; CREATE ROLE makes one.';
+  end if;
+end
+$$;
+comment on function pgworker.refuse_role(regrole) is 'Internal: raises 22004 or 42704 for what is no role.';
+
 create function pgworker.grant_producer(role regrole) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform pgworker.refuse_role(role);
   execute format('grant usage on schema pgworker to %s', role);
   execute format(
     'grant execute on function pgworker.version(), '
@@ -49,6 +64,7 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform pgworker.refuse_role(role);
   execute format('grant usage on schema pgworker to %s', role);
   execute format('grant select on pgworker.jobs to %s', role);
   -- clock and moved_clock: a view's functions run with the rights of who reads it

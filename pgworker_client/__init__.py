@@ -14,7 +14,17 @@ from pgworker_client.context import BlockingContext, Context
 from pgworker_client.enqueue import JobOptions, JobSpec, add_job, add_jobs, remove_job
 from pgworker_client.errors import JobLost, NotInstalled, PgworkerError, WorkerFailed
 from pgworker_client.job import Job, JobRow
-from pgworker_client.outcome import Cancel, Fail, Retry
+from pgworker_client.node import Node
+from pgworker_client.outcome import Cancel, Fail, Retry, WaitsForChildren
+from pgworker_client.trees import (
+    TreeRow,
+    add_job_tree,
+    children,
+    get_children_values,
+    get_failed_children_values,
+    job_tree,
+    tree_progress,
+)
 from pgworker_client.worker import Worker
 
 __all__ = [
@@ -27,17 +37,26 @@ __all__ = [
     "JobOptions",
     "JobRow",
     "JobSpec",
+    "Node",
     "NotInstalled",
     "PgworkerError",
     "Retry",
+    "TreeRow",
+    "WaitsForChildren",
     "Worker",
     "WorkerFailed",
     "add_job",
+    "add_job_tree",
     "add_jobs",
     "cancel_jobs",
+    "children",
     "complete_jobs",
+    "get_children_values",
+    "get_failed_children_values",
+    "job_tree",
     "permanently_fail_jobs",
     "remove_job",
     "reschedule_jobs",
     "retry_jobs",
+    "tree_progress",
 ]

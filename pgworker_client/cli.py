@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import io
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from typing import Any
 import psycopg
 
 from pgworker_client import schema
+from pgworker_client.cli_tree import show_tree
 from pgworker_client.connection import connection_string
 from pgworker_client.enqueue import add_job
 from pgworker_client.errors import PgworkerError, one_line
@@ -45,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(exc))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough; what is left of it must not be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (PgworkerError, schema.InstallError, psycopg.Error, OSError, ValueError, TypeError) as exc:
         if options.verbose:
             traceback.print_exc()
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--database",
+        "--dsn",
         metavar="DSN",
         help="connection string or URL (default: DATABASE_URL, else libpq's PG* variables)",
     )
@@ -100,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--key-mode", choices=["replace", "preserve_run_at", "unsafe_dedupe"])
     job.add_argument("--priority", type=int, metavar="N", help="lower runs sooner")
     job.add_argument("--flag", action="append", metavar="FLAG", help="may be given more than once")
+
+    tree = add("tree", _tree, "Draw the tree that a job belongs to.")
+    tree.add_argument("id", type=int, metavar="ID", help="the root, or any other job of the tree")
+    tree.add_argument(
+        "--follow", action="store_true", help="draw it anew until the root has ended; status 1 if it did not complete"
+    )
+    tree.add_argument("--all", action="store_true", help="every job, however many siblings it has")
 
     add("install", _install, "Install pgworker in the database: as an extension if offered, else the same SQL by hand.")
     add("upgrade", _upgrade, "Bring pgworker in the database to the version of this client.")
@@ -153,6 +167,13 @@ def _add(options: argparse.Namespace) -> int:
         )
     print(job.id)
     return 0
+
+
+def _tree(options: argparse.Namespace) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without box characters still shows the rest
+        sys.stdout.reconfigure(errors="replace")
+    with _connect(options) as conn:
+        return show_tree(conn, options.id, follow=options.follow, everything=options.all)
 
 
 def _install(options: argparse.Namespace) -> int:

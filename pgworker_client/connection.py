@@ -87,8 +87,15 @@ class Link:
         self._stopping = asyncio.Event()
 
     async def connect(self) -> None:
-        """Connect for the first time; psycopg's error as it is when that fails."""
-        self._conn = await self._open()
+        """Connect for the first time; psycopg's error as it is when that fails.
+
+        A connection that was there and breaks while it is set up is like any other that is lost: it is made anew.
+        """
+        try:
+            self._conn = await self._open()
+        except LinkDown as down:
+            self._note("lost", down)
+            await self.connection()
 
     def stop_trying(self) -> None:
         """From now on a connection that is lost stays lost; what waits for it gets LinkDown."""
@@ -107,7 +114,7 @@ class Link:
                     continue
                 try:
                     self._conn = await self._open()
-                except (psycopg.Error, OSError) as exc:
+                except (psycopg.Error, OSError, LinkDown) as exc:
                     if isinstance(exc, psycopg.Error) and not _may_come_back(exc):
                         raise
                     self._note("cannot be made", exc)
@@ -162,8 +169,11 @@ class Link:
         try:
             if self._setup is not None:
                 await self._setup(conn)
-        except BaseException:
+        except BaseException as exc:
+            broke = conn.closed
             await conn.close()
+            if broke and isinstance(exc, psycopg.Error):
+                raise LinkDown(one_line(exc), unknown=True) from exc
             raise
         return conn
 

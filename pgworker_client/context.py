@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar, Unpack
 
@@ -17,11 +17,18 @@ from pgworker_client.errors import NOT_HELD, JobLost, LinkDown
 from pgworker_client.handler_connections import AsyncConnection, HandlerConnections, SyncConnection
 from pgworker_client.job import ATTEMPTS, ID, PROGRESS, TASK, Job, JobRow, Row, decode, to_json
 from pgworker_client.logs import Log
+from pgworker_client.node import NodeLike
+from pgworker_client.outcome import WaitsForChildren
+from pgworker_client.trees import add_children, children, get_children_values, get_failed_children_values
 
 T = TypeVar("T")
 
 _PROGRESS = "select pgworker.set_progress(%s, %s, %s::jsonb)"
 _COMPLETE = "select pgworker.complete_job(%s, %s, %s::jsonb, %s)"
+_WAIT = "select pgworker.wait_for_children(%s, %s, %s)"
+
+#: The fate of a run that has ended in `wait_for_children`: its job is the database's.
+WAITING = "waiting"
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,7 +51,7 @@ class Context:
         self._around = around
         self._row = row
         self._worker_id = worker_id
-        #: Why the run is to end early: None, "cancel", "lost", "stop" or "timeout". Set by the worker.
+        #: Why the run is to end early: None, "cancel", "lost", "stop", "timeout", which the worker sets, or WAITING.
         self.fate: str | None = None
         #: Whether `transaction` has completed the job already.
         self.ended = False
@@ -107,6 +114,60 @@ class Context:
         async with self._around.connections.for_coroutine(autocommit=True) as conn:
             return await add_job(conn, identifier, payload, **options)
 
+    async def children(self) -> list[JobRow]:
+        """The job's children, as far as the database still knows them."""
+        async with self._around.connections.for_coroutine(autocommit=True) as conn:
+            return await children(conn, self._row[ID])
+
+    async def children_values(self) -> dict[int, Any]:
+        """The results of the children that have completed, by id."""
+        async with self._around.connections.for_coroutine(autocommit=True) as conn:
+            return await get_children_values(conn, self._row[ID])
+
+    async def failed_children_values(self) -> dict[int, Any]:
+        """The last progress of the children that have failed, by id."""
+        async with self._around.connections.for_coroutine(autocommit=True) as conn:
+            return await get_failed_children_values(conn, self._row[ID])
+
+    async def add_children(self, nodes: Sequence[NodeLike]) -> list[JobRow]:
+        """Add children to this job (`Node` or dicts), committed at once, and return them in the order given.
+
+        They are there too when this attempt fails afterwards: look at `children` before adding them once more. Raises
+        JobLost if the job is not held any more.
+        """
+        holder = self.holder()
+        async with self._around.connections.for_coroutine(autocommit=True) as conn:
+            try:
+                return await add_children(conn, *holder, nodes)
+            except psycopg.Error as exc:
+                raise self.judge(exc) from exc
+
+    async def wait_for_children(self) -> None:
+        """End this run if a child is not finished yet: the handler is started again, from the top, when all are.
+
+        It ends by an exception, `WaitsForChildren`, that must be let pass; a block of `connection` or `transaction`
+        that it leaves is rolled back. The attempt does not count. Returns when there is nothing to wait for, or the
+        job is to stop. Raises JobLost if the job is not held any more.
+        """
+        unknown = False
+        while True:
+            self.check_held()
+            try:
+                ((waits,),) = await self._around.link.fetch(
+                    _WAIT, (self._worker_id, self._row[ID], self._row[ATTEMPTS])
+                )
+            except LinkDown as down:
+                unknown = unknown or down.unknown
+                continue
+            except psycopg.Error as exc:
+                if not unknown or exc.sqlstate != NOT_HELD:
+                    raise self.judge(exc) from exc
+                waits = True  # the call whose answer was lost has done it
+            if not waits:
+                return
+            self.stop(WAITING)
+            raise WaitsForChildren
+
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[AsyncConnection]:
         """A psycopg connection for the block; committed at its end, rolled back if it raises."""
@@ -131,16 +192,24 @@ class Context:
             self.ended = True
 
     def stop(self, fate: str) -> None:
-        """Called by the worker, in its event loop: the run is to end early."""
-        self.fate = fate
+        """The run is to end early; called in the worker's event loop."""
+        if self.fate != WAITING:
+            self.fate = fate
         if self._cancelled is not None:
             self._cancelled.set()
 
     def check_held(self) -> None:
-        """Raise JobLost if the worker knows already that the job is not its own any more, or gave the run up."""
+        """Raise what ends this run once more, if it knows already that the job is not its own any more."""
+        if self.fate == WAITING:
+            raise WaitsForChildren
         if self.fate in ("lost", "timeout"):
             why = "was given up after its timeout" if self.fate == "timeout" else "is not held by this worker any more"
             raise JobLost(f"job {self._row[ID]} {why}")
+
+    def holder(self) -> tuple[int, int]:
+        """The worker and the job, which it holds as far as it knows; raises what `check_held` does."""
+        self.check_held()
+        return self._worker_id, self._row[ID]
 
     def completion(self, result: Any) -> tuple[Any, ...]:
         """The parameters with which `transaction` completes the job; JobLost or RuntimeError if it cannot."""
@@ -200,6 +269,38 @@ class BlockingContext:
         """Add a job, committed at once; arguments and result are those of `pgworker_client.add_job`."""
         with self._around.connections.for_thread(autocommit=True) as conn:
             return add_job(conn, identifier, payload, **options)
+
+    def children(self) -> list[JobRow]:
+        """The job's children, as far as the database still knows them."""
+        with self._around.connections.for_thread(autocommit=True) as conn:
+            return children(conn, self.job.id)
+
+    def children_values(self) -> dict[int, Any]:
+        """The results of the children that have completed, by id."""
+        with self._around.connections.for_thread(autocommit=True) as conn:
+            return get_children_values(conn, self.job.id)
+
+    def failed_children_values(self) -> dict[int, Any]:
+        """The last progress of the children that have failed, by id."""
+        with self._around.connections.for_thread(autocommit=True) as conn:
+            return get_failed_children_values(conn, self.job.id)
+
+    def add_children(self, nodes: Sequence[NodeLike]) -> list[JobRow]:
+        """Add children to this job, committed at once; see `Context.add_children`."""
+        holder = self._async.holder()
+        with self._around.connections.for_thread(autocommit=True) as conn:
+            try:
+                return add_children(conn, *holder, nodes)
+            except psycopg.Error as exc:
+                raise self._async.judge(exc) from exc
+
+    def wait_for_children(self) -> None:
+        """End this run if a child is not finished yet; see `Context.wait_for_children`."""
+        try:
+            self._wait(self._async.wait_for_children())
+        except WaitsForChildren:
+            self._cancelled.set()
+            raise
 
     @contextmanager
     def connection(self) -> Iterator[SyncConnection]:

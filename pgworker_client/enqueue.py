@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, Required, TypedDict, Unpack
+from typing import Any, Literal, Required, TypedDict, Unpack, cast
 
 from pgworker_client.job import JOB_COLUMNS, JobRow, to_json
 from pgworker_client.on_connection import Request, on_connection
@@ -60,6 +60,24 @@ def aware(what: str, value: datetime | None) -> datetime | None:
     return value
 
 
+def refuse_unknown(call: str, options: Mapping[str, Any], *others: str) -> None:
+    """TypeError, naming it and what there is, for an option that `JobOptions` does not know."""
+    unknown = sorted(options.keys() - JobOptions.__annotations__.keys())
+    if unknown:
+        known = ", ".join((*others, *JobOptions.__annotations__))
+        raise TypeError(f"{call} has no argument {unknown[0]!r}; it takes {known}")
+
+
+def plain_spec(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A copy of a spec, with what JSON has no type for written as the database reads it; ``where`` is for errors."""
+    plain = {**spec}
+    if plain.get("run_at") is not None:
+        plain["run_at"] = cast("datetime", aware(f"{where}run_at", plain["run_at"])).isoformat()
+    if plain.get("flags") is not None and not isinstance(plain["flags"], str):
+        plain["flags"] = list(plain["flags"])
+    return plain
+
+
 @on_connection
 def add_job(identifier: str, payload: Any = None, **options: Unpack[JobOptions]) -> Request[JobRow]:
     """Add a job in the transaction of ``conn`` and return it as the view ``pgworker.jobs`` shows it.
@@ -78,9 +96,7 @@ def add_job(identifier: str, payload: Any = None, **options: Unpack[JobOptions])
 
 def job_request(identifier: str, payload: Any, options: JobOptions) -> Request[JobRow]:
     """What `add_job` asks of the database."""
-    unknown = sorted(options.keys() - JobOptions.__annotations__.keys())
-    if unknown:
-        raise TypeError(f"add_job has no argument {unknown[0]!r}; it takes {', '.join(JobOptions.__annotations__)}")
+    refuse_unknown("add_job", options)
     flags = options.get("flags")
     if isinstance(flags, str):
         raise TypeError(f"flags must be a list of flags, not the text {flags!r}")
@@ -108,14 +124,7 @@ def add_jobs(specs: Iterable[JobSpec | Mapping[str, Any]]) -> Request[list[JobRo
 
     Each spec is a dict of `add_job`'s arguments; an unknown key is named and the whole call refused.
     """
-    listed = [{**spec} for spec in specs]
-    for spec in listed:
-        if "run_at" in spec:
-            moment = aware("run_at", spec["run_at"])
-            spec["run_at"] = None if moment is None else moment.isoformat()
-        if spec.get("flags") is not None and not isinstance(spec["flags"], str):
-            spec["flags"] = list(spec["flags"])
-    text = to_json("specs", listed)
+    text = to_json("specs", [plain_spec(spec, f"specs[{index}].") for index, spec in enumerate(specs)])
     return Request(f"select {JOB_COLUMNS} from pgworker.add_jobs(%s::jsonb)", (text,), all_jobs)
 
 

@@ -99,6 +99,7 @@ class JobRow:
     locked_by: int | None
     created_at: datetime
     finished_at: datetime | None
+    started_at: datetime | None
 
 
 #: Named one by one: a newer schema may append columns.

@@ -49,6 +49,13 @@ class Cancel(Exception):
         super().__init__(*([] if reason is None else [reason]))
 
 
+class WaitsForChildren(BaseException):
+    """Raised by ``ctx.wait_for_children()`` to end the run: the job waits now and will be started again. Let it pass.
+
+    Not an Exception, so that a handler's ``except Exception`` does let it pass.
+    """
+
+
 class TimedOut(Exception):
     """The handler took longer than its task's timeout; kept as the job's `last_error`."""
 

@@ -9,12 +9,21 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-from pgworker_client.context import BlockingContext, Context, Surroundings
+from pgworker_client.context import WAITING, BlockingContext, Context, Surroundings
 from pgworker_client.errors import JobLost
 from pgworker_client.feed import Feed
 from pgworker_client.finishing import Finisher
 from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PAYLOAD, TASK, Row, decode, end_of_value, to_json
-from pgworker_client.outcome import Cancel, Fail, Retry, TimedOut, error_text, parts_error, reason_text
+from pgworker_client.outcome import (
+    Cancel,
+    Fail,
+    Retry,
+    TimedOut,
+    WaitsForChildren,
+    error_text,
+    parts_error,
+    reason_text,
+)
 from pgworker_client.reports import Outbox
 from pgworker_client.tasks import Task
 from pgworker_client.threads import HandlerThread
@@ -70,6 +79,8 @@ class Runner:
         ctx = self.current
         if ctx is None or ctx.fate in (fate, "lost"):
             return
+        if ctx.fate == WAITING and fate != "stop":
+            return  # it is said of the job's next run
         if self._blocking is not None:
             self._blocking.stop(fate)
             return
@@ -170,6 +181,12 @@ class Runner:
         self._uncancel(ctx)
         if ctx.ended:
             return
+        if ctx.fate == WAITING:
+            ctx.logger.error(
+                "the handler did not let WaitsForChildren pass; the job waits for its children, what this run returned "
+                "is dropped"
+            )
+            return
         if ctx.fate in ("lost", "stop"):
             # Stopped: whether it returned because it was told to stop or because it was done cannot be known, and
             # running a job twice is allowed, losing it is not. Lost: the attempt tells the database whether it is.
@@ -209,6 +226,9 @@ class Runner:
         if ctx.ended:
             if not isinstance(exc, asyncio.CancelledError):
                 ctx.logger.error("raised after its transaction had completed the job; it stays completed", exc_info=exc)
+        elif ctx.fate == WAITING:
+            if not isinstance(exc, (WaitsForChildren, asyncio.CancelledError)):
+                ctx.logger.error("raised after its job had begun to wait for children; it waits on", exc_info=exc)
         elif ctx.fate == "lost" or isinstance(exc, JobLost):
             ctx.logger.warning("the job was lost while it ran; its outcome is dropped")
             outbox.release([row])

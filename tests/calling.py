@@ -105,11 +105,13 @@ def contents(conn: Conn) -> dict[str, list[str]]:
 
 
 @contextmanager
-def refused(conn: Conn, sqlstate: str, *says: str, hint: str | None = None) -> Iterator[None]:
+def refused(
+    conn: Conn, sqlstate: str, *says: str, hint: str | None = None
+) -> Iterator[pytest.ExceptionInfo[psycopg.Error]]:
     """Expect an error with that SQLSTATE, those words in its message, a hint, and no row changed anywhere."""
     before = contents(conn)
     with pytest.raises(psycopg.Error) as caught, conn.transaction():
-        yield
+        yield caught
     assert caught.value.sqlstate == sqlstate, caught.value
     for words in says:
         assert words in (caught.value.diag.message_primary or "")

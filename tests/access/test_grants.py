@@ -7,7 +7,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from tests.calling import Conn, add, call, claim_ids, register, rows, seen, value, values
+from tests.calling import Conn, add, call, claim_ids, refused, register, rows, seen, value, values
 from tests.connections import Connections
 from tests.lifecycle import STATES, job_in
 
@@ -231,9 +231,14 @@ def test_a_role_of_any_name_can_be_granted_twice(db: Conn, role: Role, grant: st
     assert value(db, "select has_function_privilege(%s, 'pgworker.version()', 'execute')", name) is True
 
 
-def test_a_role_that_is_not_there_cannot_be_granted(tx: Conn) -> None:
+@pytest.mark.parametrize("grant", ["grant_producer", "grant_worker", "grant_observer"])
+def test_a_role_that_is_not_there_cannot_be_granted(tx: Conn, grant: str) -> None:
     with pytest.raises(psycopg.errors.UndefinedObject), tx.transaction():
-        call(tx, "grant_producer", "nobody_of_that_name")
+        call(tx, grant, "nobody_of_that_name")
+    with refused(tx, "22004", "role must not be null", hint="CREATE ROLE"):
+        value(tx, f"select pgworker.{grant}(null)")
+    with refused(tx, "42704", "role 4000000000 does not exist", hint="CREATE ROLE"):  # one that was dropped meanwhile
+        value(tx, f"select pgworker.{grant}(4000000000::oid::regrole)")
 
 
 def test_grants_do_not_let_the_role_grant_on(db: Conn, connect: Connections, role: Role) -> None:

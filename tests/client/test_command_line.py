@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +12,10 @@ import pytest
 
 from pgworker_client import add_job, add_jobs
 from pgworker_client.schema import version
+from tests.client.command import Spawn, ended
 from tests.waiting import until_row
 
 Db = psycopg.Connection[Any]
-Process = subprocess.Popen[str]
-Spawn = Callable[..., Process]
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def spawn(dsn: str, tmp_path: Path) -> Iterator[Spawn]:
-    """Start ``pgworker ARGUMENT…`` in an empty directory; killed with the test."""
-    started: list[Process] = []
-
-    def start(*arguments: str, **environment: str) -> Process:
-        variables = {**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": str(ROOT), **environment}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pgworker_client", *arguments],
-            cwd=tmp_path,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def ended(process: Process) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error."""
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
 
 
 def write_task(directory: Path, name: str, body: str) -> Path:
@@ -170,6 +131,8 @@ def test_verbose_shows_the_traceback_too(spawn: Spawn, tmp_path: Path) -> None:
         ["add", "t", "{not json}"],
         ["add", "t", "--run-at", "tomorrow"],
         ["add", "t", "--key-mode", "other"],
+        ["tree"],
+        ["tree", "first"],
     ],
 )
 def test_wrong_usage_is_status_2(spawn: Spawn, db: Db, arguments: list[str]) -> None:
@@ -208,7 +171,7 @@ def test_version_and_help(spawn: Spawn) -> None:
     assert ended(spawn("--version")) == (0, f"pgworker {version()}\n", "")
     status, out, _ = ended(spawn("--help"))
     assert status == 0
-    assert all(command in out for command in ("run", "add", "install", "upgrade", "demo"))
+    assert all(command in out for command in ("run", "add", "tree", "install", "upgrade", "demo"))
 
 
 def test_install_upgrade_and_install_again(spawn: Spawn, db: Db) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import re
@@ -12,6 +13,8 @@ import psycopg
 import pytest
 
 from pgworker_client import BlockingContext, Context, NotInstalled, Worker, WorkerFailed, add_job, add_jobs
+from pgworker_client.connection import Link
+from pgworker_client.logs import Log
 from tests.client.background import Background, running
 from tests.connections import Connections
 from tests.waiting import until, until_gone, until_row
@@ -207,6 +210,70 @@ def test_a_kept_handler_connection_that_died_meanwhile_is_replaced(
         add_job(db, "t")
         until(lambda: len(pids) == 2, "the second job")
     assert pids[0] != pids[1]
+
+
+def test_a_backend_terminated_while_the_worker_starts_is_a_lost_connection_like_any_other(
+    dsn: str, db: Db, connect: Connections, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, seen = echoing(dsn)
+    blocker = connect()
+    with blocker.transaction():
+        blocker.execute("lock table pgworker.worker")
+        background = start(worker)
+        waits = "select pid from pg_stat_activity where wait_event_type = 'Lock' and query ~ 'register_worker'"
+        kill(db, until_row(db, waits)[0])
+        until(lambda: "presence connection lost: terminating connection" in caplog.text, "it is told")
+    add_job(db, "t", 1)
+    until(lambda: seen == [1], "the worker works")
+    worker.stop()
+    background.join()
+
+
+def test_a_worker_that_is_stopped_while_it_starts_anew_ends_in_order(
+    dsn: str, db: Db, connect: Connections, start: Start
+) -> None:
+    worker, _ = echoing(dsn)
+    blocker = connect()
+    waits = "select pid from pg_stat_activity where wait_event_type = 'Lock' and query ~ 'register_' and pid <> %s"
+    with blocker.transaction():
+        blocker.execute("lock table pgworker.worker")
+        background = start(worker)
+        pid = until_row(db, waits, 0)[0]
+        kill(db, pid)
+        until_row(db, waits, pid)
+        worker.stop()
+        background.join()
+    assert db.execute("select count(*) from pgworker.worker").fetchone() == (0,)
+
+
+def test_a_connection_that_breaks_while_it_is_set_up_is_made_anew(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+    pids: list[int] = []
+
+    async def setup(conn: psycopg.AsyncConnection[Any]) -> None:
+        pids.append(conn.info.backend_pid)
+        if len(pids) < 4:
+            await conn.execute("select pg_terminate_backend(pg_backend_pid())")
+
+    async def main() -> list[tuple[Any, ...]]:
+        link = Link("claim", dsn, Log(logging.getLogger("pgworker"), {}), pooled=False, setup=setup)
+        await link.connect()
+        try:
+            return await link.fetch("select pg_backend_pid()")
+        finally:
+            await link.close()
+
+    assert asyncio.run(main()) == [(pids[3],)]
+    assert caplog.text.count("claim connection lost: terminating connection due to administrator command") == 1
+    assert caplog.text.count("claim connection is back") == 1
+
+
+def test_a_setup_that_is_refused_is_an_error_at_once(dsn: str) -> None:
+    async def setup(conn: psycopg.AsyncConnection[Any]) -> None:
+        await conn.execute("select pg_cancel_backend(pg_backend_pid()), pg_sleep(1)")
+
+    link = Link("claim", dsn, Log(logging.getLogger("pgworker"), {}), pooled=False, setup=setup)
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        asyncio.run(link.connect())
 
 
 def test_a_database_without_pgworker_is_told_at_once(dsn: str, db: Db) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 
-from pgworker_client import Context, Fail, Retry, Worker, add_jobs
+from pgworker_client import Cancel, Context, Fail, Retry, Worker, add_jobs
 from pgworker_client.connection import Link
 from pgworker_client.errors import LinkDown
-from pgworker_client.reports import Finish, Outbox, Special
-from tests.waiting import until
+from pgworker_client.reports import Cancelled, Finish, Outbox, Special
+from tests.client.background import Background
+from tests.connections import Connections
+from tests.waiting import until, until_row
 
 Db = psycopg.Connection[Any]
 
@@ -149,6 +152,95 @@ def test_jobs_whose_claim_was_answered_to_nobody_are_given_back(
     assert attempts == [1] * 5  # none was started before: the attempt came back
     assert db.execute("select count(*) from pgworker.jobs").fetchone() == (0,)
     assert "5 jobs were claimed as the connection broke; they go back" in caplog.text
+
+
+def wrapped(db: Db, function: str, body: str) -> None:
+    """Put ``body`` before that function of the protocol: what happens to the statement that calls it."""
+    found = db.execute(
+        "select pg_get_function_arguments(oid), pg_get_function_result(oid),"
+        " (select string_agg('$' || n, ', ') from generate_series(1, pronargs) n), proretset"
+        " from pg_proc where oid = ('pgworker.' || %s)::regproc",
+        [function],
+    ).fetchone()
+    assert found is not None
+    arguments, result, passed, many = found
+    call = f"select * from wrapped.{function}({passed})"
+    db.execute("create schema wrapped")
+    db.execute(f"alter function pgworker.{function} set schema wrapped")
+    db.execute(
+        f"create function pgworker.{function}({arguments}) returns {result} language plpgsql as $$ declare one record;"
+        f" begin {body}; {f'return query {call}' if many else f'{call} into one; return one'}; end $$"
+    )
+
+
+@pytest.mark.parametrize("sqlstate", ["40P01", "40001", "55P03"])
+@pytest.mark.parametrize("function", ["finish_jobs", "fail_job", "cancel_job"])
+def test_a_report_that_meets_somebody_elses_locks_is_sent_again_whole(
+    dsn: str, db: Db, function: str, sqlstate: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    async def handler(payload: int, _ctx: Context) -> int:
+        ran.append(payload)
+        if payload % 4 == 1:
+            raise ValueError("again")
+        if payload % 4 == 2:
+            raise Fail("never")
+        if payload % 4 == 3:
+            raise Cancel("no need")
+        return payload
+
+    def halves(_report: Any) -> Any:
+        raise AssertionError("its jobs are not the reason")
+
+    for kind in (Finish, Special, Cancelled):
+        monkeypatch.setattr(kind, "halves", halves)
+    db.execute("create sequence refusals")  # counts what is rolled back, too
+    refusal = f"raise exception using errcode = '{sqlstate}', message = 'passing'"
+    wrapped(db, function, f"if nextval('public.refusals') <= 3 then {refusal}; end if")
+    add_jobs(db, [{"identifier": "t", "payload": n} for n in range(40)])
+    Worker(dsn, tasks={"t": handler}).run_once()
+
+    assert sorted(ran) == list(range(40))
+    ended = "select state, count(*), min(attempts), max(attempts) from pgworker.jobs group by 1 order by 1"
+    assert db.execute(ended).fetchall() == [
+        (state, 10, 1, 1) for state in ("cancelled", "completed", "failed", "scheduled")
+    ]
+    assert db.execute("select last_value > 3 from refusals").fetchone() == (True,)
+    assert caplog.text.count("finish connection works, but its statement failed: passing; trying again") == 1
+    assert "was lost" not in caplog.text
+    assert "refused" not in caplog.text
+
+
+def test_a_report_that_is_a_deadlocks_victim_is_sent_again(
+    dsn: str, db: Db, connect: Connections, start: Callable[[Worker], Background], caplog: pytest.LogCaptureFixture
+) -> None:
+    gates: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+    first, second = add_jobs(db, [{"identifier": "t"}] * 2)
+
+    async def handler(_payload: Any, _ctx: Context) -> str:
+        if not gates:
+            gates.append((asyncio.get_running_loop(), asyncio.Event()))
+        await gates[0][1].wait()  # both end in one turn of the loop, so that one report is about both
+        return "done"
+
+    worker = Worker(dsn, tasks={"t": handler})
+    background = start(worker)
+    until_row(db, "select 1 from pgworker.jobs having count(*) filter (where state = 'running') = 2")
+    until(lambda: gates, "the handlers run")
+    other = connect(options="-cdeadlock_timeout=1min")  # the worker is the one who notices
+    lock = "select from pgworker.job where id = %s for update"
+    with other.transaction():
+        other.execute(lock, [second.id])
+        loop, gate = gates[0]
+        loop.call_soon_threadsafe(gate.set)
+        until_row(db, "select 1 from pg_stat_activity where wait_event_type = 'Lock' and query ~ 'finish_jobs'")
+        other.execute(lock, [first.id])
+    until_row(db, "select 1 from pgworker.jobs having count(*) filter (where state = 'completed') = 2")
+    worker.stop()
+    background.join()
+    assert db.execute("select result, attempts from pgworker.jobs").fetchall() == [("done", 1)] * 2
+    assert "finish connection works, but its statement failed: deadlock detected" in caplog.text
 
 
 def test_a_job_that_was_taken_away_is_told_in_the_log_and_harms_no_other(

@@ -40,7 +40,10 @@ def test_a_claimed_row_tells_all_that_the_worker_needs(tx: Conn) -> None:
     assert tuple(claimed) == CLAIMED_JOB
     assert claimed == {name: job[name] for name in CLAIMED_JOB} | {"attempts": 1}
     after = seen(tx, job["id"])
-    assert after == job | {"attempts": 1, "state": "running", "locked_by": worker, "locked_at": after["locked_at"]}
+    since = after["locked_at"]
+    assert after == job | {
+        "attempts": 1, "state": "running", "locked_by": worker, "locked_at": since, "started_at": since,
+    }  # fmt: skip
     assert value(tx, "select %s between now() and clock_timestamp()", after["locked_at"])
 
 

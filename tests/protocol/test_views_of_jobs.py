@@ -14,7 +14,7 @@ COLUMNS = {
     "last_error": "text", "key": "text", "revision": "integer", "flags": "text[]", "parent_id": "bigint",
     "root_id": "bigint", "name": "text", "on_failure": "text", "progress": "jsonb", "result": "jsonb",
     "locked_at": "timestamp with time zone", "locked_by": "bigint", "created_at": "timestamp with time zone",
-    "finished_at": "timestamp with time zone",
+    "finished_at": "timestamp with time zone", "started_at": "timestamp with time zone",
 }  # fmt: skip
 
 
