@@ -53,9 +53,6 @@ declare
 begin
   v_tree := pgworker.read_tree(p_nodes, p_base);
   v_specs := v_tree.specs;
-  if v_specs is null then
-    return array[]::bigint[];
-  end if;
   v_parents := v_tree.parents;
   v_places := v_tree.places;
   v_counts := v_tree.counts;

@@ -7,7 +7,23 @@ from typing import Any
 
 import pytest
 
-from tests.calling import FUTURE, Conn, add, call, claim_ids, refused, register, row, rows, seen, state, value, values
+from tests.calling import (
+    FUTURE,
+    PAST,
+    Conn,
+    add,
+    call,
+    claim_ids,
+    refused,
+    register,
+    row,
+    rows,
+    seen,
+    state,
+    value,
+    values,
+)
+from tests.clock import move_clock
 from tests.lifecycle import bring
 from tests.trees.planting import complete, node, only, plant, states, stored
 
@@ -92,6 +108,19 @@ def test_a_parent_whose_time_has_not_come_is_scheduled_when_its_children_are_don
     assert states(tx, ids) == {"root": "waiting", "a": "ready"}
     complete(tx, ids["a"])
     assert state(tx, ids["root"]) == "scheduled"
+
+
+def test_a_tree_whose_time_has_passed_is_not_missed_by_a_worker_that_looked_further_already(db: Conn) -> None:
+    """bullmq #4332: a flow that nobody comes back to."""
+    worker = register(db)
+    first = add(db)["id"]
+    assert claim_ids(db, worker, 10) == [first]
+    move_clock(db, value(db, "select (now() + interval '10 seconds')::text"))
+    assert claim_ids(db, worker, 10) == []
+    ids = plant(db, node("root", node("a", run_at=PAST), node("b", run_at=PAST), run_at=PAST))
+    for names in (["a", "b"], ["root"]):
+        assert claim_ids(db, worker, 10) == [ids[name] for name in names]
+        call(db, "finish_jobs", worker, [ids[name] for name in names], None, None, None)
 
 
 def test_a_tree_rolls_back_with_its_caller(db: Conn) -> None:
