@@ -142,7 +142,9 @@ begin
                                     where j.id = any (v_gates) and j.id <> all (v_open)), 'open');
     -- A gate behind a closed one opens with that one.
     v_open := array(select j.id from pgworker.job j
-                    where j.id = any (v_open) and (j.gate_id = j.id or j.gate_id is null));
+                    where j.id = any (v_open) and (j.gate_id = j.id or j.gate_id is null)
+                      and not exists (select from pgworker.counter c  -- a sibling may run again since this was left
+                                      where c.job_id = j.id and c.after and c.slot = 0 and c.pending > 0 offset 0));
     delete from pgworker.counter c where c.job_id = any (v_open) and c.after;
     v_rows := array(select j.id from pgworker.job j where j.gate_id = any (v_open) order by j.id for update skip locked);
     if (select count(*) from pgworker.job j where j.gate_id = any (v_open)) > cardinality(v_rows) then
@@ -304,7 +306,9 @@ begin
     cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id) as c
   )
   select array_agg(b.id) into v_ids from below b;
-  delete from pgworker.finished f where f.id = any (v_ids);
+  -- Whoever holds one makes it live again, and waits for nobody then.
+  delete from pgworker.finished f
+  where f.ctid = any (array(select o.ctid from pgworker.finished o where o.id = any (v_ids) for update skip locked));
   delete from pgworker.dependency d where d.after_id = any (v_ids);
   delete from pgworker.dependency d where d.job_id = any (v_ids);
 end

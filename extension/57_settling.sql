@@ -109,7 +109,7 @@ begin
   select array_agg(d.job_id), array_agg(d.slot) into v_ids, v_slots
   from unnest(p_ended) as e
   cross join lateral (select d.job_id, d.slot from pgworker.dependency d where d.after_id = e.id offset 0) as d
-  where e.has_followers and not e.fails;
+  where e.has_followers and not e.fails and exists (select from pgworker.job j where j.id = d.job_id offset 0);
   if v_ids is not null then
     perform pgworker.open_gates(pgworker.count_down(true, v_ids, v_slots, null));
   end if;

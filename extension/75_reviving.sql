@@ -8,8 +8,7 @@
 -- Every job that failed or was cancelled because of another one says so (cause_id, which is always where it began). So a
 -- retry undoes what followed: the siblings that were cancelled and the ancestors that failed are live again, and wait.
 -- What completed stays completed.
--- Locks: finished rows by id; then, for parents that are live, totals of their counters, deepest first, as in
--- 57_settling.sql.
+-- Locks: finished rows by id; live rows below them by id; then counters, deepest first, as in 57_settling.sql.
 
 create function pgworker.consequences(p_ids bigint[]) returns bigint[]
 language plpgsql stable parallel safe
@@ -52,43 +51,87 @@ set enable_mergejoin = off
 set jit = off
 as $$
 declare
-  v_depth int;
+  v_roots   constant bigint[] := array(select distinct j.root_id from pgworker.job j where j.id = any (p_ids));
+  v_parents constant bigint[] := array(select distinct p.id from pgworker.job j join pgworker.job p on p.id = j.parent_id
+                                       where j.id = any (p_ids)
+                                       except select u.id from unnest(p_ids) as u(id));
+  v_spared  bigint[];                              -- who was to end because of these, and need not any more
+  v_follows bigint[];                              -- siblings that wait for these still
+  v_depth   int;
 begin
-  -- Counted again: by a live parent whose counter is there (else it has ended, or never waited for anybody), ...
-  with parent as materialized (
-    select p.id, count(*) as n
-    from pgworker.job j
-    join pgworker.job p on p.id = j.parent_id
-    where j.id = any (p_ids) and p.id <> all (p_ids)
-    group by p.id, p.depth
-    order by p.depth desc, p.id
+  -- Rows before counters.
+  perform from pgworker.job j
+  where j.root_id = any (v_roots)
+    and (j.parent_id = any (p_ids) or j.ends_as is not null and j.cause_id = any (p_ids))
+  order by j.id for update;
+  v_spared := array(select j.id from pgworker.job j
+                    where j.root_id = any (v_roots) and j.ends_as is not null and j.cause_id = any (p_ids)
+                    union
+                    select u.job_id from pgworker.unsettled u
+                    where u.job_id = any (v_parents) and u.what = 'fail' and u.cause_id = any (p_ids));
+  v_follows := array(select distinct f.id
+                     from pgworker.job j
+                     join pgworker.dependency d on d.after_id = j.id
+                     join pgworker.job f on f.id = d.job_id
+                     where j.id = any (p_ids) and j.has_followers
+                     except select u.id from unnest(p_ids) as u(id));
+  -- All counters that are needed: those of live parents and of followers; of gates that live parents are behind, lest
+  -- somebody opens one without seeing who is behind it; and what is left of these jobs' own, where somebody may be
+  -- counting still.
+  perform from pgworker.counter c join pgworker.job j on j.id = c.job_id
+  where j.id = any (p_ids || v_parents || v_spared || v_follows
+                    || array(select p.gate_id from pgworker.job p where p.id = any (v_parents) and p.gate_id is not null))
+    and (c.slot = 0 or j.id = any (p_ids || v_spared || v_follows))
+  order by j.depth + (not c.after)::int desc, c.after desc, c.slot = 0, c.job_id, c.slot
+  for update of c;
+
+  -- What their last end has left to be done is not to be done any more.
+  delete from pgworker.counter c where c.job_id = any (p_ids);
+  delete from pgworker.unsettled u
+  where u.ctid = any (array(select o.ctid from pgworker.unsettled o
+                            where o.job_id = any (p_ids)
+                               or o.job_id = any (v_parents) and o.what = 'fail' and o.cause_id = any (p_ids)
+                            for update skip locked));
+  delete from pgworker.notice n
+  using pgworker.job j
+  where n.job_id = j.id and n.notice = 'cancel' and j.id = any (v_spared) and j.locked_by = n.worker_id;
+  update pgworker.job j set ends_as = null, cancel_reason = null, cause_id = null where j.id = any (v_spared);
+
+  -- They are counted again: by live parents that have counters (others have ended, or never waited for anybody), ...
+  with hit as materialized (
+    select j.parent_id as id, count(*) as n from pgworker.job j
+    where j.id = any (p_ids) and j.parent_id = any (v_parents)
+    group by j.parent_id
   ), counted as (
-    update pgworker.counter c set pending = c.pending + p.n
-    from parent p
-    where c.job_id = any (array[p.id]) and not c.after and c.slot = 0
+    update pgworker.counter c set pending = c.pending + h.n
+    from hit h
+    where c.job_id = any (array[h.id]) and not c.after and c.slot = 0
     returning c.job_id
   )
   update pgworker.job j set slot = 0
   from counted c
   where j.id = any (p_ids) and j.parent_id = c.job_id;
-
-  -- ... and by parents that are live again themselves, with whatever of theirs is live. One that was asked to stop because
-  -- of what is being undone need not any more.
-  delete from pgworker.notice n
-  using pgworker.job j
-  where n.job_id = j.id and n.notice = 'cancel' and j.parent_id = any (p_ids) and j.locked_by = n.worker_id
-    and j.cause_id = any (p_ids);
+  -- ... and by parents that are live again themselves, with whatever of theirs is live.
   with child as (
-    update pgworker.job j
-    set slot = 0, ends_as = case when j.cause_id = any (p_ids) then null else j.ends_as end,
-        cancel_reason = case when j.cause_id = any (p_ids) then null else j.cancel_reason end,
-        cause_id = case when j.cause_id = any (p_ids) then null else j.cause_id end
-    where j.root_id = any (array(select distinct r.root_id from pgworker.job r where r.id = any (p_ids)))
-      and j.parent_id = any (p_ids)
+    update pgworker.job j set slot = 0
+    where j.root_id = any (v_roots) and j.parent_id = any (p_ids)
     returning j.parent_id
   )
   insert into pgworker.counter (job_id, after, slot, pending)
   select c.parent_id, false, 0, count(*) from child c group by c.parent_id order by c.parent_id;
+  -- Counted anew where nobody knows whether they have been taken off: what ended badly is not taken off by those that are
+  -- to end because of it.
+  update pgworker.counter c
+  set pending = case when c.after then (select count(*) from pgworker.dependency d
+                                        where d.job_id = c.job_id and d.slot = c.slot
+                                          and exists (select from pgworker.job a where a.id = d.after_id offset 0))
+                     else (select count(*) from pgworker.job j
+                           where j.root_id = any (v_roots) and j.parent_id = c.job_id and j.slot = c.slot) end
+  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id = any (v_spared));
+  update pgworker.counter c
+  set pending = c.pending + (select count(*) from pgworker.counter o
+                             where o.job_id = c.job_id and o.after = c.after and o.slot > 0 and o.pending > 0)
+  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id = any (v_spared)) and c.slot = 0;
 
   -- Siblings that have to finish first.
   with waits as (
