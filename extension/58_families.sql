@@ -161,7 +161,7 @@ set jit = off
 as $$
 begin
   return query
-  with live as materialized (
+  with recursive live as materialized (
     select j.id, j.parent_id, j.root_id, j.gate_id, j.depth, j.slot, j.waiting, j.has_children, j.has_followers, j.settled,
            j.locked_by, j.ends_as, j.cancel_reason
     from pgworker.job j
@@ -195,6 +195,14 @@ begin
                                                 where o.job_id = p.job_id and o.after = p.after and o.slot > 0 and o.pending > 0)
                           else 0 end as truth
     from parts p
+  ), ending as (
+    select k.id, u.job_id is not null as written
+    from known k
+    left join (select distinct o.job_id from pgworker.unsettled o) as u on u.job_id = k.id
+    left join live l on l.id = k.id
+    where u.job_id is not null or l.ends_as is not null
+    union
+    select k.id, e.written from ending e join known k on k.parent_id = e.id
   ), finding as (
     select w.job_id, format('slot %s of its counter of %s says %s, should say %s', w.slot,
                             case when w.after then 'siblings' else 'children' end, coalesce(w.pending::text, 'nothing'), w.truth) as problem
@@ -219,6 +227,8 @@ begin
     from live l
     where l.gate_id is not null
       and not exists (select from counter c where c.job_id = l.gate_id and c.after and c.slot = 0 and c.pending > 0)
+      -- behind another gate itself: it opens with that one
+      and not exists (select from live g where g.id = l.gate_id and g.gate_id <> g.id)
     union all
     select l.id, 'runs and waits at once' from live l where l.waiting and l.locked_by is not null
     union all
@@ -232,7 +242,7 @@ begin
     select k.id, format('is in the tree of job %s, which is not known', k.root_id)
     from known k
     where k.root_id is not null and not exists (select from known r where r.id = k.root_id)
-      and not exists (select from live l where l.id = k.id)
+      and not exists (select from live l where l.root_id = k.root_id)  -- what runs still takes the rest along
     union all
     select k.id, 'has no place in its tree, or one without a tree'
     from known k
@@ -257,10 +267,11 @@ begin
       and not exists (select from live p where p.id = l.parent_id)
       and not exists (select from counter c where c.job_id = l.gate_id and c.after and c.pending > 0)
   )
-  -- What is written down to be done is not wrong yet.
+  -- What is written down to be done is not wrong yet; nor are counters where somebody is to end, and everything below
+  -- with it: what made it fail has not been taken off them.
   select f.job_id, f.problem
   from finding f
-  where not exists (select from pgworker.unsettled u where u.job_id = f.job_id)
+  where not exists (select from ending e where e.id = f.job_id and (e.written or f.problem ~ '^(slot|waits)'))
   order by f.job_id, f.problem;
 end
 $$;
