@@ -196,11 +196,9 @@ begin
                           else 0 end as truth
     from parts p
   ), ending as (
-    select k.id, u.job_id is not null as written
-    from known k
-    left join (select distinct o.job_id from pgworker.unsettled o) as u on u.job_id = k.id
-    left join live l on l.id = k.id
-    where u.job_id is not null or l.ends_as is not null
+    select u.job_id as id, true as written from pgworker.unsettled u
+    union
+    select l.id, false from live l where l.ends_as is not null
     union
     select k.id, e.written from ending e join known k on k.parent_id = e.id
   ), finding as (

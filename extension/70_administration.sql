@@ -86,6 +86,7 @@ begin
       message = format('attempts must be a whole number from 0 to 32766, got %s', attempts),
       hint = 'Give 0 for a fresh start, or null to leave it as it is.';
   end if;
+  perform pgworker.lock_below(reschedule_jobs.job_ids, reschedule_jobs.job_ids);
   v_ids := pgworker.lock_pending(reschedule_jobs.job_ids);
   select j.id, coalesce(reschedule_jobs.attempts, j.attempts) as attempts,
          coalesce(reschedule_jobs.max_attempts, j.max_attempts) as max_attempts

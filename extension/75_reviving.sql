@@ -1,6 +1,7 @@
 -- 75_reviving.sql: finished jobs that run again
 --
 --   consequences    what in their trees ended only because of these jobs
+--   lock_below      live jobs come before finished ones in the order of locks
 --   rejoin          jobs that are live again find their place in their trees
 --   revive          makes finished jobs live
 --   retry_jobs      the public function
@@ -8,7 +9,7 @@
 -- Every job that failed or was cancelled because of another one says so (cause_id, which is always where it began). So a
 -- retry undoes what followed: the siblings that were cancelled and the ancestors that failed are live again, and wait.
 -- What completed stays completed.
--- Locks: finished rows by id; live rows below them by id; then counters, deepest first, as in 57_settling.sql.
+-- Locks: live rows below them by id; finished rows by id; then counters, deepest first, as in 57_settling.sql.
 
 create function pgworker.consequences(p_ids bigint[]) returns bigint[]
 language plpgsql stable parallel safe
@@ -42,6 +43,29 @@ comment on function pgworker.consequences(bigint[]) is
   'Internal: what else is to run again when these finished jobs do: whatever failed or was cancelled below them, and '
   'whatever did so anywhere in the tree because of any of these.';
 
+create function pgworker.lock_below(p_pending bigint[], p_finished bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_again constant bigint[] := array(select f.id from pgworker.finished f
+                                     where f.id = any (p_finished || pgworker.consequences(p_finished)) and f.root_id is not null);
+  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f where f.id = any (v_again));
+begin
+  perform from pgworker.job j
+  where j.id = any (p_pending) and j.locked_by is null
+     or j.id = any (array(select o.id from pgworker.job o
+                          where o.root_id = any (v_roots)
+                            and (o.parent_id = any (v_again) or o.ends_as is not null and o.cause_id = any (v_again))))
+  order by j.id for update;
+end
+$$;
+comment on function pgworker.lock_below(bigint[], bigint[]) is
+  'Internal: locks those of the first that are live and not running, and the live jobs that it will concern if the '
+  'second run again, in one go: revive() locks finished ones then.';
+
 create function pgworker.rejoin(p_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -55,17 +79,18 @@ declare
   v_parents constant bigint[] := array(select distinct p.id from pgworker.job j join pgworker.job p on p.id = j.parent_id
                                        where j.id = any (p_ids)
                                        except select u.id from unnest(p_ids) as u(id));
+  v_below   bigint[];                              -- live, and locked by us
   v_spared  bigint[];                              -- who was to end because of these, and need not any more
   v_follows bigint[];                              -- siblings that wait for these still
   v_depth   int;
 begin
-  -- Rows before counters.
-  perform from pgworker.job j
-  where j.root_id = any (v_roots)
-    and (j.parent_id = any (p_ids) or j.ends_as is not null and j.cause_id = any (p_ids))
-  order by j.id for update;
+  -- Locked by lock_below(); what has come since and is somebody else's goes on by itself.
+  v_below := array(select j.id from pgworker.job j
+                   where j.root_id = any (v_roots)
+                     and (j.parent_id = any (p_ids) or j.ends_as is not null and j.cause_id = any (p_ids))
+                   order by j.id for update skip locked);
   v_spared := array(select j.id from pgworker.job j
-                    where j.root_id = any (v_roots) and j.ends_as is not null and j.cause_id = any (p_ids)
+                    where j.id = any (v_below) and j.ends_as is not null and j.cause_id = any (p_ids)
                     union
                     select u.job_id from pgworker.unsettled u
                     where u.job_id = any (v_parents) and u.what = 'fail' and u.cause_id = any (p_ids));
@@ -89,7 +114,7 @@ begin
   delete from pgworker.counter c where c.job_id = any (p_ids);
   delete from pgworker.unsettled u
   where u.ctid = any (array(select o.ctid from pgworker.unsettled o
-                            where o.job_id = any (p_ids)
+                            where o.job_id = any (p_ids || v_spared)
                                or o.job_id = any (v_parents) and o.what = 'fail' and o.cause_id = any (p_ids)
                             for update skip locked));
   delete from pgworker.notice n
@@ -114,7 +139,7 @@ begin
   -- ... and by parents that are live again themselves, with whatever of theirs is live.
   with child as (
     update pgworker.job j set slot = 0
-    where j.root_id = any (v_roots) and j.parent_id = any (p_ids)
+    where j.id = any (v_below) and j.parent_id = any (p_ids)
     returning j.parent_id
   )
   insert into pgworker.counter (job_id, after, slot, pending)
@@ -227,6 +252,7 @@ as $$
 declare
   v_ids bigint[];
 begin
+  perform pgworker.lock_below(null, retry_jobs.job_ids);
   v_ids := pgworker.revive(retry_jobs.job_ids, array['failed', 'cancelled'], pgworker.clock(now()), null, 0, null);
   perform pgworker.announce(v_ids);
   return query select r.* from pgworker.job_rows(v_ids) r;
