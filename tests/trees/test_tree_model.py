@@ -52,8 +52,8 @@ families = st.lists(
 picks = st.integers(0, 999)
 kinds = st.sampled_from(
     ["claim"] * 9 + ["complete"] * 5 + ["fail", "fail", "give_up", "give_up", "report", "report", "vanish"]
-    + ["cancel_job", "cancel", "permanently_fail", "complete_by_hand", "delete", "remove_job", "retry", "retry", "retry"]
-    + ["add_children", "add_children", "wait", "wait"]
+    + ["cancel_job", "cancel", "permanently_fail", "complete_by_hand", "delete", "remove_job", "retry", "retry"]
+    + ["retry", "add_children", "add_children", "wait", "wait"]
 )  # fmt: skip
 
 
