@@ -70,7 +70,8 @@ comment on sequence pgworker.job_id is 'Ids of jobs.';
 create sequence pgworker.worker_id as bigint;
 comment on sequence pgworker.worker_id is 'Ids of workers, never used twice.';
 create sequence pgworker.turn as bigint;
-comment on sequence pgworker.turn is 'Numbers the moments at which serial queues come free.';
+comment on sequence pgworker.turn is
+  'Numbers the moments at which serial queues come free, and what trees have still to settle.';
 create sequence pgworker.epoch as bigint;
 comment on sequence pgworker.epoch is
   'Moves on when work appears behind the cursors of sessions: the next claim of each then sweeps. A sequence, because '
@@ -196,17 +197,19 @@ comment on table pgworker.dependency is
 create index dependency_job on pgworker.dependency (job_id);
 
 create table pgworker.unsettled (
+  n        bigint      not null default nextval('pgworker.turn') primary key,
   job_id   bigint      not null,
   what     text        not null check (what in ('release', 'open', 'fail', 'cancel', 'stop', 'forget')),
   root_id  bigint,
   reason   text,
   cause_id bigint,
-  due      timestamptz not null default pgworker.clock(),
-  primary key (job_id, what)
+  due      timestamptz not null default pgworker.clock()
 );
 comment on table pgworker.unsettled is
   'What the end of a job has still to do to others in its tree, because somebody held their rows at that moment: '
-  'maintain() does it when it is due, which is later when they are still held then.';
+  'maintain() does it when it is due, in the order of n, and puts it off when they are still held then. Nothing but n is '
+  'unique: whoever writes here holds locks, and must not wait for somebody who writes or does the same.';
+create index unsettled_job on pgworker.unsettled (job_id);
 
 create table pgworker.queue (
   name   text    not null primary key,

@@ -213,11 +213,12 @@ begin
     into v_ids, v_states, v_errors, v_results, v_retry, v_messages
     from locked l
     cross join lateral (select l.success or l.ends_as is not null or not l.again as over) as f;
-    if cardinality(v_ids) > 0 then
-      perform pgworker.finish(v_ids, v_states, v_errors, v_results);
-    end if;
+    -- What is to be retried first: if it is a sibling of what fails for good, it is then cancelled with the others.
     if cardinality(v_retry) > 0 then
       perform pgworker.retry_later(v_retry, v_messages, null, null);
+    end if;
+    if cardinality(v_ids) > 0 then
+      perform pgworker.finish(v_ids, v_states, v_errors, v_results);
     end if;
   end if;
 
@@ -232,7 +233,9 @@ begin
           union all
           select f.id, null, f.state from unnest(v_ids, v_states) as f(id, state)
           union all
-          select r.id, null, 'scheduled' from unnest(v_retry) as r(id)) as s
+          select r.id, null, coalesce(f.state, 'scheduled')
+          from unnest(v_retry) as r(id)
+          left join lateral (select o.state from pgworker.finished o where o.id = r.id offset 0) as f on true) as s
     group by s.id
     order by min(s.n);
   end if;

@@ -8,6 +8,7 @@
 --   open_gates         whole phases: a job that waited for its siblings, and everything below it
 --   ask_to_stop        what runs cannot be ended here
 --   live_below         what there is to stop
+--   endable            what of it can be ended without waiting for anybody
 --   stop_below         cancels what is left of subtrees
 --   forget             removes what is stored of subtrees
 
@@ -22,8 +23,7 @@ begin
   insert into pgworker.unsettled (job_id, what, root_id, reason, cause_id)
   select u.id, p_what, u.root_id, u.reason, u.cause_id
   from unnest(p_ids, p_roots, p_reasons, p_causes) as u(id, root_id, reason, cause_id)
-  order by u.id
-  on conflict do nothing;
+  order by u.id;
 end
 $$;
 comment on function pgworker.postpone(bigint[], text, bigint[], text[], bigint[]) is
@@ -210,7 +210,7 @@ $$;
 comment on function pgworker.ask_to_stop(bigint[], text, text[], bigint[]) is
   'Internal: jobs that run, whose rows the caller has locked, are to stop, and end as p_state whatever they report.';
 
-create function pgworker.live_below(p_ids bigint[], p_roots bigint[]) returns table (id bigint, n bigint)
+create function pgworker.live_below(p_ids bigint[], p_roots bigint[]) returns table (id bigint, n bigint, parent_id bigint)
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
@@ -221,7 +221,7 @@ as $$
 begin
   return query
   with recursive below as (
-    select b.id, b.live, b.has_children, u.root_id, u.n
+    select b.id, u.id as parent_id, b.live, b.has_children, u.root_id, u.n
     from unnest(p_ids, p_roots) with ordinality as u(id, root_id, n)
     cross join lateral (
       select j.id, true as live, j.has_children from pgworker.job j where j.root_id = u.root_id and j.parent_id = u.id
@@ -229,7 +229,7 @@ begin
       select f.id, false, true from pgworker.finished f
       where f.root_id = u.root_id and f.parent_id = u.id and f.has_children) as b
     union all
-    select c.id, c.live, c.has_children, b.root_id, b.n
+    select c.id, b.id, c.live, c.has_children, b.root_id, b.n
     from below b
     cross join lateral (
       select j.id, true as live, j.has_children from pgworker.job j where j.root_id = b.root_id and j.parent_id = b.id
@@ -238,18 +238,79 @@ begin
       where f.root_id = b.root_id and f.parent_id = b.id and f.has_children) as c
     where b.has_children
   )
-  select b.id, min(b.n) from below b where b.live group by b.id order by b.id;
+  select b.id, min(b.n), min(b.parent_id) from below b where b.live group by b.id order by b.id;
 end
 $$;
 comment on function pgworker.live_below(bigint[], bigint[]) is
-  'Internal: what is live below these jobs (p_roots: of which trees), and below which of them, by its place in p_ids.';
+  'Internal: what is live below these jobs (p_roots: of which trees), and below which of them, by its place in p_ids, and '
+  'its parent.';
+
+-- Whoever stops what is below holds counters further up by then, so it must not wait for one further down: a session that
+-- does so the right way round may be waiting for ours.
+create function pgworker.endable(p_ids bigint[], p_running bigint[], p_above bigint[]) returns bigint[]
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = on
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_ids     bigint[] := p_ids;
+  v_parents bigint[];
+  v_not     bigint[];
+begin
+  loop
+    -- Parents, and siblings that wait for these, that are not going to end with them: locked by somebody else (then what
+    -- its end or its release means is that one's affair), ...
+    v_parents := array(select distinct j.parent_id from pgworker.job j where j.id = any (v_ids) and j.slot is not null
+                       except select u.id from unnest(v_ids) as u(id));
+    v_not := array(select p.id from pgworker.job p
+                   where p.id = any (v_parents) and not (p.id = any (p_running || p_above) and p.locked_by is not null));
+    v_not := array(select j.id from pgworker.job j where j.id = any (v_ids) and j.parent_id = any (v_not)
+                   union
+                   select w.id
+                   from (select j.id, d.job_id
+                         from pgworker.job j
+                         cross join lateral (select o.job_id from pgworker.dependency o
+                                             where o.after_id = j.id offset 0) as d
+                         where j.id = any (v_ids) and j.has_followers) as w
+                   left join unnest(v_ids || p_running) as u(id) on u.id = w.job_id
+                   where u.id is null and exists (select from pgworker.job f where f.id = w.job_id offset 0));
+    if cardinality(v_not) = 0 then
+      -- ... or running, held by us, but counted on by somebody.
+      with counted as materialized (
+        select distinct j.parent_id as id, s.slot
+        from pgworker.job j cross join lateral (values (j.slot), (0::smallint)) as s(slot)
+        where j.id = any (v_ids) and j.parent_id = any (v_parents)
+      ), got as materialized (
+        select n.id, n.slot, c.job_id is not null as is_ours
+        from counted n
+        left join lateral (select o.job_id from pgworker.counter o
+                           where o.job_id = n.id and not o.after and o.slot = n.slot for update skip locked) as c on true
+      )
+      select array_agg(distinct g.id) into v_parents
+      from got g
+      where not g.is_ours
+        and exists (select from pgworker.counter o where o.job_id = g.id and not o.after and o.slot = g.slot offset 0);
+      v_not := array(select j.id from pgworker.job j where j.id = any (v_ids) and j.parent_id = any (v_parents));
+    end if;
+    exit when cardinality(v_not) = 0;
+    v_ids := array(select u.id from unnest(v_ids) as u(id) except select n.id from unnest(v_not) as n(id) order by 1);
+  end loop;
+  return v_ids;
+end
+$$;
+comment on function pgworker.endable(bigint[], bigint[], bigint[]) is
+  'Internal: those of these pending jobs, whose rows the caller holds, whose end touches no counter that somebody else '
+  'holds; p_running: what else it holds, p_above: what they are below.';
 
 create function pgworker.stop_below(p_ids bigint[], p_roots bigint[], p_reasons text[], p_causes bigint[])
 returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
-set enable_hashjoin = off
+set enable_hashjoin = on
 set enable_mergejoin = off
 set jit = off
 set plan_cache_mode = force_generic_plan
@@ -257,15 +318,14 @@ as $$
 declare
   v_ids     bigint[];
   v_of      bigint[];                              -- below which of p_ids, by its place there
-  v_held    bigint;
+  v_parents bigint[];
   v_pending bigint[];
-  v_running bigint[];
-  v_reasons text[];
-  v_causes  bigint[];
-  v_told    text[];
-  v_told_causes bigint[];
+  v_running bigint[];                              -- and are held by us
+  v_can     bigint[];
+  v_told    bigint[];
 begin
-  select array_agg(b.id order by b.id), array_agg(b.n order by b.id) into v_ids, v_of
+  select array_agg(b.id order by b.id), array_agg(b.n order by b.id), array_agg(b.parent_id order by b.id)
+  into v_ids, v_of, v_parents
   from pgworker.live_below(p_ids, p_roots) as b;
   if v_ids is null then
     return array[]::bigint[];
@@ -277,21 +337,35 @@ begin
     cross join lateral (select j.id, j.locked_by is not null as runs, j.ends_as is not null as asked
                         from pgworker.job j where j.id = u.id for update skip locked) as l
   )
-  select count(*), array_agg(h.id) filter (where not h.runs), array_agg(h.id) filter (where h.runs and not h.asked),
-         array_agg(p_reasons[h.n]) filter (where not h.runs), array_agg(p_causes[h.n]) filter (where not h.runs),
-         array_agg(p_reasons[h.n]) filter (where h.runs and not h.asked),
-         array_agg(p_causes[h.n]) filter (where h.runs and not h.asked)
-  into v_held, v_pending, v_running, v_reasons, v_causes, v_told, v_told_causes
+  select coalesce(array_agg(h.id) filter (where not h.runs), '{}'), coalesce(array_agg(h.id) filter (where h.runs), '{}'),
+         coalesce(array_agg(h.id) filter (where h.runs and not h.asked), '{}')
+  into v_pending, v_running, v_told
   from held h;
-  if v_held < cardinality(v_ids) then
-    perform pgworker.postpone(p_ids, 'stop', p_roots, p_reasons, p_causes);
+  v_can := pgworker.endable(v_pending, v_running, p_ids);
+  if cardinality(v_can) + cardinality(v_running) < cardinality(v_ids) then
+    -- Later, from the parents of what is left on: whatever is between may not be there any more by then.
+    perform pgworker.postpone(array_agg(l.parent_id), 'stop', array_agg(p_roots[l.n]), array_agg(p_reasons[l.n]),
+                              array_agg(p_causes[l.n]))
+    from (with skipped as materialized (
+            select u.id, u.n, u.parent_id
+            from unnest(v_ids, v_of, v_parents) as u(id, n, parent_id)
+            left join unnest(v_can || v_running) as d(id) on d.id = u.id
+            where d.id is null)
+          select s.parent_id, min(s.n) as n
+          from skipped s
+          where not exists (select from skipped o where o.id = s.parent_id)
+          group by s.parent_id) as l;
   end if;
-  perform pgworker.ask_to_stop(v_running, 'cancelled', v_told, v_told_causes);
-  if v_pending is not null then
-    perform pgworker.finish(v_pending, array_fill('cancelled'::text, array[cardinality(v_pending)]), v_reasons, null,
-                            false, v_causes);
+  perform pgworker.ask_to_stop(array_agg(t.id), 'cancelled', array_agg(p_reasons[u.n]), array_agg(p_causes[u.n]))
+  from unnest(v_told) as t(id)
+  join unnest(v_ids, v_of) as u(id, n) on u.id = t.id;
+  if cardinality(v_can) > 0 then
+    perform pgworker.finish(array_agg(c.id), array_agg('cancelled'::text), array_agg(p_reasons[u.n]), null, false,
+                            array_agg(p_causes[u.n]))
+    from unnest(v_can) as c(id)
+    join unnest(v_ids, v_of) as u(id, n) on u.id = c.id;
   end if;
-  return coalesce(v_pending, array[]::bigint[]) || v_running;
+  return v_can || v_told;
 end
 $$;
 comment on function pgworker.stop_below(bigint[], bigint[], text[], bigint[]) is
@@ -307,7 +381,8 @@ set enable_mergejoin = off
 set jit = off
 as $$
 declare
-  v_ids bigint[];
+  v_ids  bigint[];
+  v_gone bigint[];
 begin
   with recursive below as (
     select u.id, u.root_id from unnest(p_ids, p_roots) as u(id, root_id)
@@ -317,15 +392,18 @@ begin
     cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id) as c
   )
   select array_agg(b.id) into v_ids from below b;
-  -- What somebody holds is being retried, by a session that may wait for our counters: it goes when it ends once more,
-  -- since nobody knows its parent then.
+  -- Whoever holds one changes it, or makes it live again: that is looked at later.
   delete from pgworker.finished f
-  where f.id = any (array(select o.id from pgworker.finished o where o.id = any (v_ids) order by o.id for update skip locked));
-  v_ids := array(select u.id from unnest(v_ids) as u(id)
-                 where not exists (select from pgworker.finished f where f.id = u.id offset 0)
-                   and not exists (select from pgworker.job j where j.id = u.id offset 0));
-  delete from pgworker.dependency d where d.after_id = any (v_ids);
-  delete from pgworker.dependency d where d.job_id = any (v_ids);
+  where f.ctid = any (array(select o.ctid from pgworker.finished o where o.id = any (v_ids) for update skip locked));
+  v_gone := array(select u.id from unnest(v_ids) as u(id)
+                  where not exists (select from pgworker.finished f where f.id = u.id offset 0)
+                    and not exists (select from pgworker.job j where j.id = u.id offset 0));
+  delete from pgworker.dependency d where d.after_id = any (v_gone);
+  delete from pgworker.dependency d where d.job_id = any (v_gone);
+  perform pgworker.postpone(array_agg(f.parent_id), 'stop', array_agg(f.root_id),
+                            array_agg(format('job %s was removed', f.parent_id)), array_agg(f.parent_id))
+  from pgworker.finished f
+  where f.id = any (v_ids) and f.id not in (select u.id from unnest(p_ids) as u(id));
 end
 $$;
 comment on function pgworker.forget(bigint[], bigint[]) is

@@ -24,7 +24,8 @@
 -- Locks. Ending jobs lock their own rows first (by id), as everywhere; no counter is locked by then. Then, from the deepest
 -- level of the trees upwards: counters of children, parts by (job, slot), then totals by job; then, for the level above,
 -- those of after, likewise. Waiting is done for these only, always in this order, so no two sessions can wait for each
--- other. Rows of other jobs (parents to be released or failed, phases, what is to be stopped below) are locked with SKIP
+-- other. What follows downwards waits for nothing: a session that fails a parent holds the counter further up by then, and
+-- jobs below whose end would touch a counter that somebody else holds are left for later (endable()). Rows of other jobs (parents to be released or failed, phases, what is to be stopped below) are locked with SKIP
 -- LOCKED: somebody may hold them for long (a producer that replaces a waiting job by its key, in an open transaction), or
 -- wait for us. What is skipped is written down in unsettled, and maintain(), which runs every second, does it.
 
@@ -112,7 +113,7 @@ begin
   select array_agg(d.job_id), array_agg(d.slot) into v_ids, v_slots
   from unnest(p_ended) as e
   cross join lateral (select d.job_id, d.slot from pgworker.dependency d where d.after_id = e.id offset 0) as d
-  where e.has_followers and not e.fails;
+  where e.has_followers and not e.fails and exists (select from pgworker.job j where j.id = d.job_id offset 0);
   if v_ids is not null then
     perform pgworker.open_gates(pgworker.count_down(true, v_ids, v_slots, null));
   end if;
@@ -294,7 +295,7 @@ begin
   -- One a call: each may lock counters upwards from where it is, and two in one transaction might do so out of order.
   delete from pgworker.unsettled u
   where u.ctid = any (array(select o.ctid from pgworker.unsettled o where o.due <= pgworker.clock()
-                            order by o.due, o.job_id limit 1 for update skip locked))
+                            order by o.due, o.n limit 1 for update skip locked))
   returning u.job_id, u.what, u.root_id, u.reason, u.cause_id into v_left;
   if not found then
     return false;
@@ -306,6 +307,9 @@ begin
       perform pgworker.open_gates(array[v_left.job_id]);
     when 'stop' then
       perform pgworker.stop_below(array[v_left.job_id], array[v_left.root_id], array[v_left.reason], array[v_left.cause_id]);
+      if not exists (select from pgworker.jobs o where o.id = v_left.job_id) then
+        perform pgworker.forget(array[v_left.job_id], array[v_left.root_id]);
+      end if;
     when 'fail', 'cancel' then
       v_state := case v_left.what when 'fail' then 'failed' else 'cancelled' end;
       if exists (select from pgworker.job j where j.id = v_left.job_id for update skip locked) then

@@ -163,7 +163,7 @@ set jit = off
 as $$
 begin
   return query
-  with live as materialized (
+  with recursive live as materialized (
     select j.id, j.parent_id, j.root_id, j.gate_id, j.depth, j.slot, j.waiting, j.has_children, j.has_followers, j.settled,
            j.locked_by, j.ends_as, j.cancel_reason
     from pgworker.job j
@@ -196,6 +196,12 @@ begin
     from parts p
     left join (select c.job_id, c.after, count(*) as parts from counter c where c.slot > 0 and c.pending > 0
                group by c.job_id, c.after) as o on o.job_id = p.job_id and o.after = p.after
+  ), ending as (
+    select u.job_id as id, true as written from pgworker.unsettled u
+    union
+    select l.id, false from live l where l.ends_as is not null
+    union
+    select k.id, e.written from ending e join known k on k.parent_id = e.id
   ), finding as (
     select w.job_id, format('slot %s of its counter of %s says %s, should say %s', w.slot,
                             case when w.after then 'siblings' else 'children' end, coalesce(w.pending::text, 'nothing'), w.truth) as problem
@@ -221,6 +227,8 @@ begin
     where l.gate_id is not null
       and not exists (select from counter c where c.job_id = l.gate_id and c.after and c.slot = 0 and c.pending > 0)
       and not exists (select from pgworker.unsettled u where u.job_id = l.gate_id)
+      -- behind another gate itself: it opens with that one
+      and not exists (select from live g where g.id = l.gate_id and g.gate_id <> g.id)
     union all
     select l.id, 'runs and waits at once' from live l where l.waiting and l.locked_by is not null
     union all
@@ -234,7 +242,7 @@ begin
     select k.id, format('is in the tree of job %s, which is not known', k.root_id)
     from known k
     where k.root_id is not null and not exists (select from known r where r.id = k.root_id)
-      and not exists (select from live l where l.id = k.id)
+      and not exists (select from live l where l.root_id = k.root_id)  -- what runs still takes the rest along
     union all
     select k.id, 'has no place in its tree, or one without a tree'
     from known k
@@ -259,10 +267,11 @@ begin
       and not exists (select from live p where p.id = l.parent_id)
       and not exists (select from counter c where c.job_id = l.gate_id and c.after and c.pending > 0)
   )
-  -- What is written down to be done is not wrong yet.
+  -- What is written down to be done is not wrong yet; nor are counters where somebody is to end, and everything below
+  -- with it: what made it fail has not been taken off them.
   select f.job_id, f.problem
   from finding f
-  where not exists (select from pgworker.unsettled u where u.job_id = f.job_id)
+  where not exists (select from ending e where e.id = f.job_id and (e.written or f.problem ~ '^(slot|waits)'))
   order by f.job_id, f.problem;
 end
 $$;

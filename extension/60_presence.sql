@@ -150,18 +150,18 @@ begin
   into v_over, v_states, v_errors
   from pgworker.job j
   where j.id = any (v_ids) and (j.ends_as is not null or (not p_refund and j.attempts >= j.max_attempts));
-  if v_over is not null then
-    perform pgworker.finish(v_over, v_states, v_errors, null);
-  end if;
-
+  -- What goes back first: if it is a sibling of what fails for good, it is then cancelled with the others.
   with back as (
     update pgworker.job j
     set locked_at = null, locked_by = null, attempts = j.attempts - p_refund::int
-    where j.id = any (v_ids)
+    where j.id = any (v_ids) and j.ends_as is null and (p_refund or j.attempts < j.max_attempts)
     returning j.id, j.queue_name
   )
   select array_agg(b.queue_name), array_agg(b.id) into v_names, v_queued from back b where b.queue_name is not null;
   perform pgworker.free_queues(v_names, v_queued);
+  if v_over is not null then
+    perform pgworker.finish(v_over, v_states, v_errors, null);
+  end if;
   perform nextval('pgworker.epoch');               -- they lie behind the cursors
   perform pgworker.wake();
   return v_ids;
@@ -324,11 +324,9 @@ begin
     perform pgworker.forget_workers(v_dead);
   end if;
 
-  if cardinality(v_dead) > 0 or pgworker.settle_leftovers() then
+  -- One or the other: each may hold counters by then, and wait for nothing else.
+  if cardinality(v_dead) > 0 or pgworker.settle_leftovers() or pgworker.prune(v_now) then
     v_next := interval '0';                        -- there may be more; each in a transaction of its own
-  end if;
-  if pgworker.prune(v_now) then
-    v_next := interval '0';
   end if;
   return greatest(v_next, interval '10 milliseconds');
 end

@@ -30,9 +30,9 @@ declare
   v_ids    constant bigint[] := pgworker.lock_pending(complete_jobs.job_ids);
   v_failed bigint[];
 begin
-  perform pgworker.finish(v_ids, array_fill('completed'::text, array[cardinality(v_ids)]), null, null, true);
   v_failed := array(select f.id from pgworker.finished f
                     where f.id = any (complete_jobs.job_ids) and f.state = 'failed' order by f.id for update);
+  perform pgworker.finish(v_ids, array_fill('completed'::text, array[cardinality(v_ids)]), null, null, true);
   update pgworker.finished f
   set state = 'completed', finished_at = pgworker.clock(),
       keep_until = case when f.parent_id is null then pgworker.clock() + interval '1 day' else f.keep_until end
@@ -87,6 +87,7 @@ begin
       message = format('attempts must be a whole number from 0 to 32766, got %s', attempts),
       hint = 'Give 0 for a fresh start, or null to leave it as it is.';
   end if;
+  perform pgworker.lock_below(reschedule_jobs.job_ids, reschedule_jobs.job_ids);
   v_ids := pgworker.lock_pending(reschedule_jobs.job_ids);
   select j.id, coalesce(reschedule_jobs.attempts, j.attempts) as attempts,
          coalesce(reschedule_jobs.max_attempts, j.max_attempts) as max_attempts

@@ -1,6 +1,7 @@
 -- 75_reviving.sql: finished jobs that run again
 --
 --   consequences    what in their trees ended only because of these jobs
+--   lock_below      live jobs come before finished ones in the order of locks
 --   rejoin          jobs that are live again find their place in their trees
 --   revive          makes finished jobs live
 --   retry_jobs      the public function
@@ -8,8 +9,7 @@
 -- Every job that failed or was cancelled because of another one says so (cause_id, which is always where it began). So a
 -- retry undoes what followed: the siblings that were cancelled and the ancestors that failed are live again, and wait.
 -- What completed stays completed.
--- Locks: live rows of their trees by id, then finished rows by id; then totals of counters, deepest first, as in
--- 57_settling.sql.
+-- Locks: live rows below them by id; finished rows by id; then counters, deepest first, as in 57_settling.sql.
 
 create function pgworker.consequences(p_ids bigint[]) returns bigint[]
 language plpgsql stable parallel safe
@@ -34,8 +34,7 @@ begin
   return array(
     select u.id from unnest(v_again) as u(id)
     union
-    select f.id from pgworker.finished f where f.root_id = any (v_roots)
-      and (f.cause_id in (select u.id from unnest(v_again) as u(id))) is true
+    select f.id from pgworker.finished f where f.root_id = any (v_roots) and f.cause_id = any (v_again)
     except
     select u.id from unnest(p_ids) as u(id));
 end
@@ -43,6 +42,33 @@ $$;
 comment on function pgworker.consequences(bigint[]) is
   'Internal: what else is to run again when these finished jobs do: whatever failed or was cancelled below them, and '
   'whatever did so anywhere in the tree because of any of these.';
+
+create function pgworker.lock_below(p_pending bigint[], p_finished bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_again constant bigint[] := array(select f.id from pgworker.finished f
+                                     where f.id = any (p_finished || pgworker.consequences(p_finished)) and f.root_id is not null);
+  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f where f.id = any (v_again));
+begin
+  perform from pgworker.job j
+  where j.id = any (p_pending) and j.locked_by is null
+     or j.id = any (array(select o.id from pgworker.job o
+                          where o.root_id = any (v_roots)
+                            and (o.parent_id in (select u.id from unnest(v_again) as u(id))
+                                 or o.cause_id in (select u.id from unnest(v_again) as u(id))
+                                 or o.id in (select f.parent_id from pgworker.finished f where f.id = any (v_again))
+                                 or o.id in (select d.after_id from pgworker.dependency d where d.job_id = any (v_again)))))
+  order by j.id for update;
+end
+$$;
+comment on function pgworker.lock_below(bigint[], bigint[]) is
+  'Internal: locks those of the first that are live and not running, and the live jobs that it will concern if the '
+  'second run again (parents, children, those that come before, those that were asked to stop), in one go: whoever ends '
+  'one of them now is done first, or sees what we do. revive() locks finished ones then.';
 
 create function pgworker.rejoin(p_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe
@@ -54,55 +80,87 @@ set jit = off
 as $$
 declare
   v_roots   constant bigint[] := array(select distinct j.root_id from pgworker.job j where j.id = any (p_ids));
-  v_parents bigint[];
-  v_behind  bigint[];
+  v_parents constant bigint[] := array(select distinct p.id from pgworker.job j join pgworker.job p on p.id = j.parent_id
+                                       where j.id = any (p_ids)
+                                       except select u.id from unnest(p_ids) as u(id));
+  v_below   bigint[];                              -- live, and locked by us
+  v_spared  bigint[];                              -- who was to end because of these, and need not any more
+  v_follows bigint[];                              -- siblings that wait for these still
   v_depth   int;
 begin
-  -- Of their former lives, if somebody held it when they ended.
+  -- Locked by lock_below(); what has come since and is somebody else's goes on by itself.
+  v_below := array(select j.id from pgworker.job j
+                   where j.root_id = any (v_roots)
+                     and (j.parent_id = any (p_ids) or j.ends_as is not null and j.cause_id = any (p_ids))
+                   order by j.id for update skip locked);
+  v_spared := array(select j.id from pgworker.job j
+                    where j.id = any (v_below) and j.ends_as is not null and j.cause_id = any (p_ids)
+                    union
+                    select u.job_id from pgworker.unsettled u
+                    where u.job_id = any (v_parents) and u.what = 'fail' and u.cause_id = any (p_ids));
+  v_follows := array(select distinct f.id
+                     from pgworker.job j
+                     join pgworker.dependency d on d.after_id = j.id
+                     join pgworker.job f on f.id = d.job_id
+                     where j.id = any (p_ids) and j.has_followers
+                     except select u.id from unnest(p_ids) as u(id));
+  -- All counters that are needed: those of live parents and of followers; of gates that live parents are behind, lest
+  -- somebody opens one without seeing who is behind it; and what is left of these jobs' own, where somebody may be
+  -- counting still.
+  perform from pgworker.counter c join pgworker.job j on j.id = c.job_id
+  where j.id = any (p_ids || v_parents || v_spared || v_follows
+                    || array(select p.gate_id from pgworker.job p where p.id = any (v_parents) and p.gate_id is not null))
+    and (c.slot = 0 or j.id = any (p_ids || v_spared || v_follows))
+  order by j.depth + (not c.after)::int desc, c.after desc, c.slot = 0, c.job_id, c.slot
+  for update of c;
+
+  -- What their last end has left to be done is not to be done any more.
   delete from pgworker.counter c where c.job_id = any (p_ids);
+  delete from pgworker.unsettled u
+  where u.ctid = any (array(select o.ctid from pgworker.unsettled o
+                            where o.job_id = any (p_ids || v_spared)
+                               or o.cause_id = any (p_ids)
+                            for update skip locked));
+  delete from pgworker.notice n
+  using pgworker.job j
+  where n.job_id = j.id and n.notice = 'cancel' and j.id = any (v_spared) and j.locked_by = n.worker_id;
+  update pgworker.job j set ends_as = null, cancel_reason = null, cause_id = null where j.id = any (v_spared);
 
-  -- Counted again: by parents and siblings that are live and have a counter (else they have ended, never waited for
-  -- anybody, or have begun), ...
-  with again as materialized (
-    select w.job_id, w.after, count(*) as n
-    from (select j.parent_id as job_id, false as after from pgworker.job j where j.id = any (p_ids)
-          union all
-          select d.job_id, true from pgworker.dependency d where d.after_id = any (p_ids)) as w
-    cross join lateral (select o.depth from pgworker.job o where o.id = w.job_id offset 0) as o
-    where w.job_id not in (select u.id from unnest(p_ids) as u(id))
-    group by w.job_id, w.after, o.depth
-    order by o.depth desc, w.after, w.job_id
+  -- They are counted again: by live parents that have counters (others have ended, or never waited for anybody), ...
+  with hit as materialized (
+    select j.parent_id as id, count(*) as n from pgworker.job j
+    where j.id = any (p_ids) and j.parent_id = any (v_parents)
+    group by j.parent_id
   ), counted as (
-    update pgworker.counter c set pending = c.pending + a.n
-    from again a
-    where c.job_id = any (array[a.job_id]) and c.after = a.after and c.slot = 0
-    returning c.job_id, c.after
+    update pgworker.counter c set pending = c.pending + h.n
+    from hit h
+    where c.job_id = any (array[h.id]) and not c.after and c.slot = 0
+    returning c.job_id
   )
-  select array_agg(c.job_id) filter (where not c.after), array_agg(c.job_id) filter (where c.after)
-  into v_parents, v_behind
-  from counted c;
-  update pgworker.job j set slot = 0 where j.id = any (p_ids) and j.parent_id = any (v_parents);
-  update pgworker.dependency d set slot = 0 where d.after_id = any (p_ids) and d.job_id = any (v_behind);
-
+  update pgworker.job j set slot = 0
+  from counted c
+  where j.id = any (p_ids) and j.parent_id = c.job_id;
   -- ... and by parents that are live again themselves, with whatever of theirs is live.
   with child as (
     update pgworker.job j set slot = 0
-    where j.root_id = any (v_roots) and j.parent_id = any (p_ids)
+    where j.id = any (v_below) and j.parent_id = any (p_ids)
     returning j.parent_id
   )
   insert into pgworker.counter (job_id, after, slot, pending)
   select c.parent_id, false, 0, count(*) from child c group by c.parent_id order by c.parent_id;
-
-  -- What was asked to stop because of what is being undone need not any more.
-  with spared as (
-    update pgworker.job j set ends_as = null, cancel_reason = null, cause_id = null
-    where j.root_id = any (v_roots) and j.ends_as is not null
-      and (j.cause_id in (select u.id from unnest(p_ids) as u(id))) is true
-    returning j.id, j.locked_by
-  )
-  delete from pgworker.notice n
-  using spared s
-  where n.worker_id = any (array[s.locked_by]) and n.job_id = any (array[s.id]) and n.notice = 'cancel';
+  -- Counted anew where nobody knows whether they have been taken off: what ended badly is not taken off by those that are
+  -- to end because of it.
+  update pgworker.counter c
+  set pending = case when c.after then (select count(*) from pgworker.dependency d
+                                        where d.job_id = c.job_id and d.slot = c.slot
+                                          and exists (select from pgworker.job a where a.id = d.after_id offset 0))
+                     else (select count(*) from pgworker.job j
+                           where j.root_id = any (v_roots) and j.parent_id = c.job_id and j.slot = c.slot) end
+  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id = any (v_spared));
+  update pgworker.counter c
+  set pending = c.pending + (select count(*) from pgworker.counter o
+                             where o.job_id = c.job_id and o.after = c.after and o.slot > 0 and o.pending > 0)
+  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id = any (v_spared)) and c.slot = 0;
 
   -- Siblings that have to finish first.
   with waits as (
@@ -147,7 +205,6 @@ set jit = off
 as $$
 declare
   v_asked bigint[];
-  v_all   bigint[];
   v_ids   bigint[];
   v_nodes bigint[];
   v_keeps boolean;
@@ -157,19 +214,9 @@ begin
     where f.id = any (p_ids) and f.state = any (p_states)
       and coalesce(p_attempts, f.attempts) < coalesce(p_max_attempts, f.max_attempts)
     order by f.id);
-  v_all := v_asked || pgworker.consequences(v_asked);
-  -- Whoever ends one of these live ones now has to be done first, or to see what we do: parents, children, those that come
-  -- before, those that were asked to stop.
-  perform from pgworker.job j
-  where j.root_id = any (array(select distinct f.root_id from pgworker.finished f where f.id = any (v_all)))
-    and (j.parent_id in (select u.id from unnest(v_all) as u(id))
-         or j.cause_id in (select u.id from unnest(v_all) as u(id))
-         or j.id in (select f.parent_id from pgworker.finished f where f.id = any (v_all))
-         or j.id in (select d.after_id from pgworker.dependency d where d.job_id = any (v_all)))
-  order by j.id for update;
   v_ids := array(
     select f.id from pgworker.finished f
-    where f.id = any (v_all) and f.state in ('failed', 'cancelled')
+    where f.id = any (v_asked || pgworker.consequences(v_asked)) and f.state in ('failed', 'cancelled')
     order by f.id
     for update);
   -- Twice: with their keys, in the order of keys, and what meets a live job once more without.
@@ -191,8 +238,6 @@ begin
     on conflict (key) where key is not null do nothing;
   end loop;
   delete from pgworker.finished f where f.id = any (v_ids);
-  -- What their end had still to do to others, or another's to them.
-  delete from pgworker.unsettled u where u.job_id = any (v_ids) or u.cause_id = any (v_ids);
   v_nodes := array(select j.id from pgworker.job j where j.id = any (v_ids) and j.root_id is not null);
   if cardinality(v_nodes) > 0 then
     perform pgworker.rejoin(v_nodes);
@@ -211,6 +256,7 @@ as $$
 declare
   v_ids bigint[];
 begin
+  perform pgworker.lock_below(null, retry_jobs.job_ids);
   v_ids := pgworker.revive(retry_jobs.job_ids, array['failed', 'cancelled'], pgworker.clock(now()), null, 0, null);
   perform pgworker.announce(v_ids);
   return query select r.* from pgworker.job_rows(v_ids) r;
