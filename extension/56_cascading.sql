@@ -281,7 +281,9 @@ begin
       -- ... or running, held by us, but counted on by somebody.
       with counted as materialized (
         select distinct j.parent_id as id, s.slot
-        from pgworker.job j cross join lateral (values (j.slot), (0::smallint)) as s(slot)
+        from pgworker.job j
+        join pgworker.job p on p.id = j.parent_id  -- one that has ended counts no more, whatever is left of its counter
+        cross join lateral (values (j.slot), (0::smallint)) as s(slot)
         where j.id = any (v_ids) and j.parent_id = any (v_parents)
       ), got as materialized (
         select n.id, n.slot, c.job_id is not null as is_ours
