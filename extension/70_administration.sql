@@ -132,11 +132,20 @@ declare
   v_reason  constant text := coalesce(cancel_jobs.reason, 'cancelled');
   v_ids     bigint[];
   v_running bigint[];
+  v_busy    bigint[];
   v_nodes   bigint[];
   v_roots   bigint[];
   v_below   bigint[];
 begin
-  perform from pgworker.job j where j.id = any (cancel_jobs.job_ids) order by j.id for update;
+  -- What runs is not waited for: its worker may be reporting it, in no order of ids with what it has reported already.
+  v_ids := pgworker.lock_pending(cancel_jobs.job_ids);
+  v_running := array(select j.id from pgworker.job j
+                     where j.id = any (cancel_jobs.job_ids) and j.locked_by is not null and j.ends_as is null
+                     order by j.id for update skip locked);
+  v_busy := array(select j.id from pgworker.job j
+                  where j.id = any (cancel_jobs.job_ids) and j.locked_by is not null and j.ends_as is null
+                    and j.id not in (select u.id from unnest(v_running) as u(id)));
+  perform pgworker.postpone(v_busy, 'cancel', null, array_fill(v_reason, array[cardinality(v_busy)]), null);
   select coalesce(array_agg(n.id), '{}'), coalesce(array_agg(n.root_id), '{}') into v_nodes, v_roots
   from (select j.id, j.root_id from pgworker.job j where j.id = any (cancel_jobs.job_ids) and j.has_children
         union all
@@ -145,11 +154,6 @@ begin
                    join pgworker.job j on j.id = b.id and j.ends_as is null
                    where b.id not in (select u.id from unnest(cancel_jobs.job_ids) as u(id) where u.id is not null));
 
-  select coalesce(array_agg(j.id order by j.id), '{}') into v_ids
-  from pgworker.job j where j.id = any (cancel_jobs.job_ids) and j.locked_by is null;
-  v_running := array(select j.id from pgworker.job j
-                     where j.id = any (cancel_jobs.job_ids) and j.locked_by is not null and j.ends_as is null
-                     order by j.id);
   perform pgworker.ask_to_stop(v_running, 'cancelled', array_fill(v_reason, array[cardinality(v_running)]), null);
   perform pgworker.finish(v_ids, array_fill('cancelled'::text, array[cardinality(v_ids)]),
                           array_fill(v_reason, array[cardinality(v_ids)]), null);
@@ -170,7 +174,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_held constant bigint[] := array(
-    select j.id from pgworker.job j where j.locked_by = any (force_unlock_workers.worker_ids) order by j.id for update);
+    -- What is being reported at this moment ends by itself, and must not be waited for: see cancel_jobs.
+    select j.id from pgworker.job j where j.locked_by = any (force_unlock_workers.worker_ids)
+    order by j.id for update skip locked);
   v_ids  bigint[];
 begin
   insert into pgworker.notice (worker_id, job_id, notice)
