@@ -196,7 +196,7 @@ create index dependency_job on pgworker.dependency (job_id);
 create table pgworker.unsettled (
   n        bigint not null default nextval('pgworker.turn') primary key,
   job_id   bigint not null,
-  what     text   not null check (what in ('release', 'open', 'fail', 'stop', 'forget')),
+  what     text   not null check (what in ('release', 'open', 'fail', 'cancel', 'stop', 'forget')),
   root_id  bigint,
   reason   text,
   cause_id bigint
