@@ -1,7 +1,7 @@
 """Two transactions in one tree, in every order: what comes out is what one after the other would have made of it.
 
-A session acts, a second one acts before the first has ended, and then they end, each with commit or rollback. Whoever has
-to wait is seen waiting.
+A session acts, a second one acts before the first has ended, and then they end, each with commit or rollback. Whoever
+has to wait is seen waiting.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 from tests.calling import Conn, claim_ids, register, rows, value
 from tests.connections import Connections
@@ -23,12 +24,8 @@ _PARENT: dict[str, Any] = {
     "identifier": "p", "name": "p", "on_failure": "ignore",
     "children": [{**_CHILD, "name": "c1"}, {**_CHILD, "name": "c2"}],
 }  # fmt: skip
-_PHASE = {
-    "identifier": "phase",
-    "name": "phase",
-    "after": ["c1", "c2"],
-    "children": [{"identifier": "leaf", "name": "l"}],
-}
+_LEAF = {"identifier": "leaf", "name": "leaf"}
+_PHASE = {"identifier": "phase", "name": "phase", "after": ["c1", "c2"], "children": [_LEAF]}
 SCENES: dict[str, dict[str, Any]] = {
     "a parent": _PARENT,
     "a phase": {**_PARENT, "children": [*_PARENT["children"], _PHASE]},
@@ -63,10 +60,10 @@ class Scene:
     def __init__(self, db: Conn, worker: int, which: str) -> None:
         tree = {"identifier": "root", "name": "root", "children": [SCENES[which]]}
         self.db = db
-        self.root = value(db, "select id from pgworker.add_job_tree(%s)", psycopg.types.json.Jsonb(tree))
+        self.root = value(db, "select id from pgworker.add_job_tree(%s)", Jsonb(tree))
         if which == "a running parent":
             (parent,) = claim_ids(db, worker, tasks=["p"])
-            children = psycopg.types.json.Jsonb(_PARENT["children"])
+            children = Jsonb(_PARENT["children"])
             db.execute("select pgworker.add_children(%s, %s, %s)", [worker, parent, children])
         assert len(claim_ids(db, worker, 10, tasks=["child"])) == 2
         found = db.execute("select name, id from pgworker.job where root_id = %s", [self.root]).fetchall()
@@ -107,7 +104,8 @@ def _do(conn: Conn, query: str) -> None:
         with conn.transaction():
             rows(conn, query)
     except psycopg.Error as error:
-        assert error.sqlstate == "PW001", error
+        if error.sqlstate != "PW001":
+            raise
 
 
 def _in_turn(db: Conn, worker: int, which: str, acts: tuple[tuple[str, str], ...]) -> dict[str, Any]:
@@ -151,7 +149,8 @@ class Pair:
             if background:
                 background.result()
         except psycopg.Error as error:
-            assert error.sqlstate == "PW001", error
+            if error.sqlstate != "PW001":
+                raise
             how = "rollback"
         conn.execute(how.encode())
 

@@ -34,7 +34,7 @@ def _end(worker: int, job: int, chance: random.Random, conn: Conn) -> None:
                 conn.execute(ENDS["complete"].encode(), {"worker": worker, "job": job})
 
 
-@pytest.mark.parametrize("number", [2, 2, 200])
+@pytest.mark.parametrize("number", [2, 200])
 @pytest.mark.parametrize("where", ["children", "after"])
 @pytest.mark.parametrize("policy", ["ignore", "remove"])
 def test_whoever_comes_last_releases_exactly_once_and_at_once(
@@ -71,7 +71,8 @@ def _fail(worker: int, job: int, conn: Conn) -> None:
     try:
         conn.execute(ENDS["give up"].encode(), {"worker": worker, "job": job})
     except psycopg.Error as error:
-        assert error.sqlstate == "PW001", error
+        if error.sqlstate != "PW001":
+            raise
 
 
 @pytest.mark.parametrize("number", [2, 100])
