@@ -7,6 +7,7 @@ has to wait is seen waiting.
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import psycopg
@@ -49,7 +50,7 @@ ACTS = {
 RUNNING_ACTS = {
     **{name: act for name, act in ACTS.items() if "by hand" not in name and "fails the parent" not in name},
     "waits": "select pgworker.wait_for_children({worker}, {p})",
-    "adds children": """select pgworker.add_children({worker}, {p}, '[{{"identifier": "child", "name": "new {c}"}}]')""",
+    "adds children": """select pgworker.add_children({worker}, {p}, '[{{"identifier": "child", "name": "new{c}"}}]')""",
     "completes the parent": "select pgworker.complete_job({worker}, {p})",
 }
 
@@ -82,7 +83,7 @@ class Scene:
         until(over, "the rest of the settling")
         found = {"violations": violations(self.db)} if violations(self.db) else {}
         return found | {
-            row["name"].split(" ")[0]: (row["state"], row["ends_as"])
+            re.sub(r"\d{2,}$", "", row["name"]): (row["state"], row["ends_as"])
             for row in rows(
                 self.db,
                 "select coalesce(v.name, 'root') as name, v.state, j.ends_as from pgworker.jobs v"
