@@ -2,6 +2,7 @@
 --
 --   settle             statement trigger on job: whatever takes a job of a tree away comes through here
 --   settle_ended       level by level upwards: what is below stops, followers start, parents are released or fail
+--   cancel_pending     those that will never start
 --   settle_followers   the after of siblings
 --   fail_parents       the policy fail-parent
 --   settle_leftovers   which does it
@@ -94,6 +95,34 @@ comment on function pgworker.fail_parents(pgworker.ended[]) is
   'Internal: the parents of these jobs, which have not ended well, fail because of them; those that run are asked to '
   'stop. Returns the ones that have ended, marked as settled: what that means is the caller''s next step.';
 
+create function pgworker.cancel_pending(p_ids bigint[], p_errors text[], p_causes bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_held bigint[];
+begin
+  v_held := array(select j.id from pgworker.job j where j.id = any (p_ids) and j.locked_by is null
+                  order by j.id for update skip locked);
+  perform pgworker.postpone(array_agg(u.id), 'cancel', null, array_agg(u.error), array_agg(u.cause_id))
+  from unnest(p_ids, p_errors, p_causes) as u(id, error, cause_id)
+  where u.id <> all (v_held)
+    and exists (select from pgworker.job j where j.id = u.id and j.locked_by is null offset 0);
+  if cardinality(v_held) > 0 then
+    perform pgworker.finish(array_agg(u.id), array_agg('cancelled'::text), array_agg(u.error), null, false,
+                            array_agg(u.cause_id))
+    from unnest(p_ids, p_errors, p_causes) as u(id, error, cause_id)
+    where u.id = any (v_held);
+  end if;
+end
+$$;
+comment on function pgworker.cancel_pending(bigint[], text[], bigint[]) is
+  'Internal: those of these jobs that do not run end as cancelled, with these errors and causes.';
+
 create function pgworker.settle_followers(p_ended pgworker.ended[], p_parents bigint[]) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -108,7 +137,6 @@ declare
   v_slots   smallint[];
   v_errors  text[];
   v_causes  bigint[];
-  v_held    bigint[];
 begin
   select array_agg(d.job_id), array_agg(d.slot) into v_ids, v_slots
   from unnest(p_ended) as e
@@ -132,21 +160,8 @@ begin
   )
   select array_agg(b.job_id), array_agg(b.error), array_agg(b.cause_id) into v_ids, v_errors, v_causes
   from (select distinct on (u.job_id) u.job_id, u.error, u.cause_id from behind u order by u.job_id) as b;
-  if v_ids is null then
-    return;
-  end if;
-  v_held := array(select j.id from pgworker.job j where j.id = any (v_ids) order by j.id for update skip locked);
-  perform pgworker.postpone(array_agg(j.id), 'cancel', null, array_agg(u.error), array_agg(u.cause_id))
-  from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
-  join pgworker.job j on j.id = u.id
-  where j.id not in (select h.id from unnest(v_held) as h(id));
-  select array_agg(j.id), array_agg(u.error), array_agg(u.cause_id) into v_ids, v_errors, v_causes
-  from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
-  join pgworker.job j on j.id = u.id
-  where (j.id in (select h.id from unnest(v_held) as h(id))) is true and j.locked_by is null;
   if v_ids is not null then
-    perform pgworker.finish(v_ids, array_fill('cancelled'::text, array[cardinality(v_ids)]), v_errors, null, false,
-                            v_causes);
+    perform pgworker.cancel_pending(v_ids, v_errors, v_causes);
   end if;
 end
 $$;
@@ -305,6 +320,8 @@ begin
       perform pgworker.release(array[v_left.job_id]);
     when 'open' then
       perform pgworker.open_gates(array[v_left.job_id]);
+    when 'cancel' then
+      perform pgworker.cancel_pending(array[v_left.job_id], array[v_left.reason], array[v_left.cause_id]);
     when 'stop' then
       perform pgworker.stop_below(array[v_left.job_id], array[v_left.root_id], array[v_left.reason], array[v_left.cause_id]);
       if not exists (select from pgworker.jobs o where o.id = v_left.job_id) then

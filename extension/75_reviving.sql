@@ -43,16 +43,15 @@ comment on function pgworker.consequences(bigint[]) is
   'Internal: what else is to run again when these finished jobs do: whatever failed or was cancelled below them, and '
   'whatever did so anywhere in the tree because of any of these.';
 
-create function pgworker.lock_below(p_pending bigint[], p_finished bigint[]) returns void
+create function pgworker.lock_below(p_pending bigint[], p_finished bigint[]) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
 as $$
 declare
-  v_again constant bigint[] := array(select f.id from pgworker.finished f
-                                     where f.id = any (p_finished || pgworker.consequences(p_finished)) and f.root_id is not null);
-  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f where f.id = any (v_again));
+  v_again constant bigint[] := p_finished || pgworker.consequences(p_finished);
+  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f where f.id = any (v_again) and f.root_id is not null);
 begin
   perform from pgworker.job j
   where j.id = any (p_pending) and j.locked_by is null
@@ -63,12 +62,14 @@ begin
                                  or o.id in (select f.parent_id from pgworker.finished f where f.id = any (v_again))
                                  or o.id in (select d.after_id from pgworker.dependency d where d.job_id = any (v_again)))))
   order by j.id for update;
+  return v_again;
 end
 $$;
 comment on function pgworker.lock_below(bigint[], bigint[]) is
   'Internal: locks those of the first that are live and not running, and the live jobs that it will concern if the '
   'second run again (parents, children, those that come before, those that were asked to stop), in one go: whoever ends '
-  'one of them now is done first, or sees what we do. revive() locks finished ones then.';
+  'one of them now is done first, or sees what we do. Returns what may run again: no others, for a live job below one '
+  'that ended since is still counted by it.';
 
 create function pgworker.rejoin(p_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe
@@ -196,7 +197,7 @@ comment on function pgworker.rejoin(bigint[]) is
 
 -- A key that a live job has taken meanwhile stays with that one: the revived job runs without a key rather than not at all.
 create function pgworker.revive(
-  p_ids bigint[], p_states text[], p_run_at timestamptz, p_priority int, p_attempts int, p_max_attempts int
+  p_ids bigint[], p_may bigint[], p_states text[], p_run_at timestamptz, p_priority int, p_attempts int, p_max_attempts int
 ) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -216,7 +217,7 @@ begin
     order by f.id);
   v_ids := array(
     select f.id from pgworker.finished f
-    where f.id = any (v_asked || pgworker.consequences(v_asked)) and f.state in ('failed', 'cancelled')
+    where f.id = any (v_asked || pgworker.consequences(v_asked)) and f.id = any (p_may) and f.state in ('failed', 'cancelled')
     order by f.id
     for update);
   -- Twice: with their keys, in the order of keys, and what meets a live job once more without.
@@ -245,9 +246,9 @@ begin
   return v_ids;
 end
 $$;
-comment on function pgworker.revive(bigint[], text[], timestamptz, int, int, int) is
+comment on function pgworker.revive(bigint[], bigint[], text[], timestamptz, int, int, int) is
   'Internal: makes finished jobs that have attempts left live again, in trees with what followed from their end, and '
-  'returns the ids of all.';
+  'returns the ids of all. p_may: what lock_below() returned.';
 
 create function pgworker.retry_jobs(job_ids bigint[]) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe
@@ -256,8 +257,8 @@ as $$
 declare
   v_ids bigint[];
 begin
-  perform pgworker.lock_below(null, retry_jobs.job_ids);
-  v_ids := pgworker.revive(retry_jobs.job_ids, array['failed', 'cancelled'], pgworker.clock(now()), null, 0, null);
+  v_ids := pgworker.lock_below(null, retry_jobs.job_ids);
+  v_ids := pgworker.revive(retry_jobs.job_ids, v_ids, array['failed', 'cancelled'], pgworker.clock(now()), null, 0, null);
   perform pgworker.announce(v_ids);
   return query select r.* from pgworker.job_rows(v_ids) r;
 end

@@ -29,6 +29,11 @@ class Background:
         """Wait until the query waits for a lock of another session."""
         until_blocked(observer, self._conn)
 
+    @property
+    def over(self) -> bool:
+        """Whether the query has ended, well or badly."""
+        return not self._thread.is_alive()
+
     def result(self, timeout: float = 20) -> list[Row]:
         """Return the rows of the query, waiting for it to end."""
         self._thread.join(timeout)
