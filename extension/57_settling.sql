@@ -320,8 +320,6 @@ begin
       perform pgworker.release(array[v_left.job_id]);
     when 'open' then
       perform pgworker.open_gates(array[v_left.job_id]);
-    when 'cancel' then
-      perform pgworker.cancel_pending(array[v_left.job_id], array[v_left.reason], array[v_left.cause_id]);
     when 'stop' then
       perform pgworker.stop_below(array[v_left.job_id], array[v_left.root_id], array[v_left.reason], array[v_left.cause_id]);
       if not exists (select from pgworker.jobs o where o.id = v_left.job_id) then
