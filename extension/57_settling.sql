@@ -5,7 +5,7 @@
 --   cancel_pending     those that will never start
 --   settle_followers   the after of siblings
 --   fail_parents       the policy fail-parent
---   settle_leftovers   which does it
+--   settle_leftovers   what had to be put off (postpone, in 56_cascading.sql); maintain() calls it
 --
 -- A trigger, not a call in finish(): so it does not matter who ends a job and how, a plain DELETE by an administrator
 -- included, and nothing can be forgotten.
@@ -19,7 +19,7 @@
 -- breaks a check constraint and with it the transaction.
 --
 -- Siblings that end one by one in many sessions would all wait for each other's commits on one row. The count of a parent
--- with many children is therefore spread: child i is counted in slot 1 + i mod K (30 children and more; K at most 32), and
+-- with many children is therefore spread: child i is counted in slot 1 + i mod K (32 children and more; K at most 32), and
 -- whoever brings a slot to zero takes one off slot 0, which counts the slots.
 --
 -- Locks. Ending jobs lock their own rows first (by id), as everywhere; no counter is locked by then. Then, from the deepest
