@@ -308,20 +308,20 @@ def test_2000_levels_are_too_many_by_one_only_when_there_are_2001(tx: Conn) -> N
     assert values(tx, "select distinct state from pgworker.jobs") == ["cancelled"]
 
 
-def test_a_hundred_thousand_nodes_are_added_in_one_call_and_counted(tx: Conn) -> None:
+def test_a_hundred_thousand_nodes_are_added_in_one_call_and_counted(db: Conn) -> None:
     """sidekiq #2458, #6967; bullmq #800."""
     root = row(
-        tx,
+        db,
         """select * from pgworker.add_job_tree(jsonb_build_object('identifier', 'root', 'children',
              (select jsonb_agg(jsonb_build_object('identifier', 'mid', 'children',
                 (select jsonb_agg('{"identifier": "leaf"}'::jsonb) from generate_series(1, 999))))
               from generate_series(1, 100))))""",
     )["id"]
-    assert rows(tx, "select * from pgworker.tree_progress(%s)", root) == [
+    assert rows(db, "select * from pgworker.tree_progress(%s)", root) == [
         {"state": "waiting", "jobs": 101}, {"state": "ready", "jobs": 99900},
     ]  # fmt: skip
-    assert len(call(tx, "cancel_jobs", [root], columns="id")) == 100001
-    assert rows(tx, "select * from pgworker.tree_progress(%s)", root) == [{"state": "cancelled", "jobs": 100001}]
+    assert len(call(db, "cancel_jobs", [root], columns="id")) == 100001
+    assert rows(db, "select * from pgworker.tree_progress(%s)", root) == [{"state": "cancelled", "jobs": 100001}]
 
 
 def test_nothing_is_added_twice_by_a_null_or_absent_mark(tx: Conn) -> None:
