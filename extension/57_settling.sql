@@ -110,13 +110,13 @@ begin
                   order by j.id for update skip locked);
   perform pgworker.postpone(array_agg(u.id), 'cancel', null, array_agg(u.error), array_agg(u.cause_id))
   from unnest(p_ids, p_errors, p_causes) as u(id, error, cause_id)
-  where u.id <> all (v_held)
+  where u.id not in (select h.id from unnest(v_held) as h(id))
     and exists (select from pgworker.job j where j.id = u.id and j.locked_by is null offset 0);
   if cardinality(v_held) > 0 then
     perform pgworker.finish(array_agg(u.id), array_agg('cancelled'::text), array_agg(u.error), null, false,
                             array_agg(u.cause_id))
     from unnest(p_ids, p_errors, p_causes) as u(id, error, cause_id)
-    where u.id = any (v_held);
+    where (u.id in (select h.id from unnest(v_held) as h(id))) is true;
   end if;
 end
 $$;
