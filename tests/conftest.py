@@ -1,6 +1,6 @@
 """The server that the tests run on, and a database of its own for each test that wants one.
 
-One PostgreSQL per run: ``--pg 15`` (any major that is here), ``--pg newest``; by default ``PG_CONFIG``'s, else an
+One PostgreSQL version per run: ``--pg 15`` (any major that is here), ``--pg newest``; by default ``PG_CONFIG``'s, else an
 installed one, else an embedded one.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from pytest_postgresql import factories
 from pgworker_client import schema
 from pgworker_client.embedded import EmbeddedServer
 from pgworker_client.installations import Installation, NoPostgresError, find_installation
+from tests import distribution
 from tests.connections import Connections
 from tests.coverage_plpgsql import PlpgsqlCoverage
 
@@ -35,6 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What pytest makes of the tests, and of Hypothesis, takes seconds and is worth keeping even where PYTHON…WRITEBYTECODE
+    # forbids bytecode beside the sources.
+    if sys.dont_write_bytecode:
+        sys.dont_write_bytecode, sys.pycache_prefix = False, str(config.rootpath / ".venv/bytecode")
     for name in list(os.environ):  # libpq's variables, which would lead the tests to another server
         if (name.startswith("PG") and not name.startswith(("PG_", "PGWORKER_"))) or name == "DATABASE_URL":
             del os.environ[name]
@@ -47,6 +53,26 @@ def pytest_configure(config: pytest.Config) -> None:
     except (NoPostgresError, ValueError) as error:
         raise pytest.UsageError(f"--pg: {error}") from error
     config.stash[_COVERAGE] = PlpgsqlCoverage()
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return distribution.processes(config)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the groups are looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    distribution.keep_apart(items, config.rootpath)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several processes
+        coverage = session.config.stash[_COVERAGE]
+        output["plpgsql"] = [coverage.available, coverage.counts()]
+
+
+def pytest_testnodedown(node: Any) -> None:
+    if (output := getattr(node, "workeroutput", None)) is not None:  # it has not crashed
+        node.config.stash[_COVERAGE].merge(*output["plpgsql"])
 
 
 def pytest_report_header(config: pytest.Config) -> str:
