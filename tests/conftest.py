@@ -1,7 +1,7 @@
-"""The server that the tests run on, and a database of its own for each test that wants one.
+"""The server that the tests of one process run on, and a database of its own for each test that wants one.
 
-One PostgreSQL version per run: ``--pg 15`` (any major that is here), ``--pg newest``; by default ``PG_CONFIG``'s, else an
-installed one, else an embedded one.
+One version of PostgreSQL per run: ``--pg 15`` (any major that is here), ``--pg newest``; by default ``PG_CONFIG``'s,
+else an installed one, else an embedded one.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What pytest makes of the tests, and of Hypothesis, takes seconds and is worth keeping even where PYTHON…WRITEBYTECODE
-    # forbids bytecode beside the sources.
+    # What pytest makes of the tests and of Hypothesis takes seconds, and is kept even where PYTHONDONTWRITEBYTECODE
+    # wants no bytecode beside the sources.
     if sys.dont_write_bytecode:
         sys.dont_write_bytecode, sys.pycache_prefix = False, str(config.rootpath / ".venv/bytecode")
     for name in list(os.environ):  # libpq's variables, which would lead the tests to another server

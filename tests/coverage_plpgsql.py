@@ -7,9 +7,7 @@ processes run the tests, each counts for itself, and the one that prints adds th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import psycopg
 
@@ -113,7 +111,9 @@ class PlpgsqlCoverage:
 
     def counts(self) -> Counts:
         """Return all of it, for `merge` in another process."""
-        return {name: (function.source, function.lines, function.executed) for name, function in self._functions.items()}
+        return {
+            name: (function.source, function.lines, function.executed) for name, function in self._functions.items()
+        }
 
     def merge(self, available: bool | None, counts: Counts) -> None:
         """Add what was counted in another process."""

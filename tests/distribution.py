@@ -20,6 +20,7 @@ BUSY = (
     "concurrency/test_no_deadlocks.py",
     "demo",
     "faults",
+    "harness/test_processes.py",
     "packaging/test_wheel.py",
     "trees/test_interleavings.py",
     "trees/test_storm.py",
