@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import PurePath
+from typing import Any
 
 import pytest
 
@@ -48,3 +49,15 @@ def keep_apart(items: Iterable[pytest.Item], root: PurePath) -> None:
     for item in items:
         if any(path == item.path or path in item.path.parents for path in busy):
             item.add_marker(pytest.mark.xdist_group("busy"))
+
+
+def sendable(data: Any) -> Any:
+    """Return a report without what cannot be sent to another process: lone surrogates, say in a log that it quotes."""
+    match data:
+        case str():
+            return data.encode("utf-8", "backslashreplace").decode()
+        case dict():
+            return {key: sendable(value) for key, value in data.items()}
+        case list() | tuple():
+            return type(data)(sendable(value) for value in data)
+    return data
