@@ -3,6 +3,7 @@
 --   clock       the one place where the time comes from, so that a test can move it
 --   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
+--   compensation  what undoes nodes of trees, if it comes to that
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
 --   task        task settings that somebody made (paused); no row is needed for a task to run
 --   worker      registered workers and how their presence is known
@@ -196,18 +197,31 @@ comment on table pgworker.dependency is
   'job_id starts after its sibling after_id has finished; slot: which part of its counter counts that.';
 create index dependency_job on pgworker.dependency (job_id);
 
+create table pgworker.compensation (
+  node_id     bigint not null primary key,
+  root_id     bigint not null,
+  job_id      bigint,
+  finished_at timestamptz,
+  spec        jsonb  not null,
+  node        jsonb
+);
+comment on table pgworker.compensation is
+  'The compensate (spec) of nodes of trees. node and finished_at: what is said of the node to its compensation, once it has '
+  'completed and is about to be forgotten or undone; job_id: the job that undoes it. Kept as long as the tree.';
+create index compensation_root on pgworker.compensation (root_id);
+
 create table pgworker.unsettled (
   n        bigint      not null default nextval('pgworker.turn') primary key,
   job_id   bigint      not null,
-  what     text        not null check (what in ('release', 'open', 'fail', 'cancel', 'stop', 'forget')),
+  what     text        not null check (what in ('release', 'open', 'fail', 'cancel', 'stop', 'forget', 'compensate')),
   root_id  bigint,
   reason   text,
   cause_id bigint,
   due      timestamptz not null default pgworker.clock()
 );
 comment on table pgworker.unsettled is
-  'What the end of a job has still to do to others in its tree, because somebody held their rows at that moment: '
-  'maintain() does it when it is due, in the order of n, and puts it off when they are still held then. Nothing but n is '
+  'What the end of a job has still to do to others in its tree, because somebody held their rows at that moment, or, '
+  'before compensations (of the tree of root job_id), because some of them ran: maintain() does it when it is due, in the order of n, and puts it off when they are still held then. Nothing but n is '
   'unique: whoever writes here holds locks, and must not wait for somebody who writes or does the same.';
 create index unsettled_job on pgworker.unsettled (job_id);
 

@@ -248,19 +248,26 @@ begin
   if cardinality(v_old) = 0 then
     return false;
   end if;
-  -- A tree goes with its root and not before; where something of it is live after all, the root waits for that.
+  -- A tree goes with its root and not before; where something of it is live after all, or is still to be
+  -- undone, the root waits for that.
   update pgworker.finished f set keep_until = p_now + interval '1 hour'
   where f.id = any (v_old) and f.root_id is not null
-    and exists (select from pgworker.job j where j.root_id = f.id offset 0);
+    and (exists (select from pgworker.job j where j.root_id = f.id offset 0)
+         or exists (select from pgworker.unsettled u where u.job_id = f.id and u.what = 'compensate' offset 0));
   v_roots := array(select f.id from pgworker.finished f
                    where f.id = any (v_old) and f.root_id is not null and f.keep_until < p_now);
   v_nodes := array(select f.id from pgworker.finished f
                    where f.root_id = any (v_roots) and f.parent_id is not null limit 1000);
   delete from pgworker.finished f where f.id = any (v_nodes);
   delete from pgworker.dependency d where d.job_id = any (v_nodes);
-  delete from pgworker.finished f
-  where f.id = any (v_old) and f.keep_until < p_now
-    and not exists (select from pgworker.finished o where o.root_id = f.id and o.parent_id is not null offset 0);
+  with gone as (
+    delete from pgworker.finished f
+    where f.id = any (v_old) and f.keep_until < p_now
+      and not exists (select from pgworker.finished o where o.root_id = f.id and o.parent_id is not null offset 0)
+    returning f.id, f.root_id
+  )
+  select array_agg(g.id) filter (where g.root_id is not null) into v_roots from gone g;
+  perform pgworker.drop_compensations(v_roots);
   return cardinality(v_old) = 1000 or cardinality(v_nodes) > 0;
 end
 $$;
