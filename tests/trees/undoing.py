@@ -52,6 +52,9 @@ def work(conn: Conn, *failing: str) -> list[str]:
 
 def settle(conn: Conn) -> None:
     """Have maintain look at once at everything that was put off."""
-    conn.execute("update pgworker.unsettled set due = pgworker.clock()")
+    conn.execute(
+        "update pgworker.unsettled set due = pgworker.clock()"
+        " where n in (select n from pgworker.unsettled for update skip locked)"
+    )
     for _ in range(value(conn, "select count(*) from pgworker.unsettled")):
         call(conn, "maintain")
