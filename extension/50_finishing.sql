@@ -24,6 +24,7 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 set plan_cache_mode = force_generic_plan
+set pgworker.finishing = 'yes'                    -- events: what is not kept has completed
 as $$
 declare
   v_now   constant timestamptz := pgworker.clock();
@@ -132,6 +133,7 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 set plan_cache_mode = force_generic_plan
+set pgworker.finishing = 'yes'                    -- as in finish()
 as $$
 declare
   v_completed constant bigint[] := coalesce(finish_jobs.completed, '{}');
