@@ -35,7 +35,9 @@ def _finish(db: Conn, worker: int, job: int) -> None:
 ACTS: dict[str, tuple[str, Callable[[Conn, int, int], object], list[tuple[str | None, str | None]]]] = {
     "claim": ("ready", lambda db, worker, job: claim_ids(db, worker), [("ready", "running")]),
     "due meanwhile": ("due", lambda db, worker, job: claim_ids(db, worker), [("ready", "running")]),
-    "complete_job": ("running", lambda db, worker, job: call(db, "complete_job", worker, job), [("running", "completed")]),
+    "complete_job": (
+        "running", lambda db, worker, job: call(db, "complete_job", worker, job), [("running", "completed")],
+    ),
     "with a result": (
         "running", lambda db, worker, job: call(db, "complete_job", worker, job, "1"), [("running", "completed")],
     ),
@@ -57,7 +59,9 @@ ACTS: dict[str, tuple[str, Callable[[Conn, int, int], object], list[tuple[str | 
         [("running", "failed")],
     ),
     "cancel_job": ("running", lambda db, worker, job: call(db, "cancel_job", worker, job), [("running", "cancelled")]),
-    "release_jobs": ("running", lambda db, worker, job: call(db, "release_jobs", worker, [job]), [("running", "ready")]),
+    "release_jobs": (
+        "running", lambda db, worker, job: call(db, "release_jobs", worker, [job]), [("running", "ready")],
+    ),
     "force_unlock_workers": (
         "running", lambda db, worker, job: call(db, "force_unlock_workers", [worker]), [("running", "ready")],
     ),

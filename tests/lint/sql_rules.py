@@ -51,7 +51,7 @@ def security_definer(statements: list[Statement], allowed: Allowances) -> Iterat
 
 def qualified(statements: list[Statement], _: Allowances) -> Iterator[Finding]:
     """A relation is named with its schema; a transition table has none."""
-    triggers = [statement.node for statement in statements if isinstance(statement.node, ast.CreateTrigStmt)]
+    triggers: list[Any] = [statement.node for statement in statements if isinstance(statement.node, ast.CreateTrigStmt)]
     for *_, tree in _trees(statements):  # a function may make one
         triggers += find_all(tree, ast.CreateTrigStmt)
     transitions = {named.name for trigger in triggers for named in trigger.transitionRels or ()}
