@@ -96,8 +96,9 @@ def subscribe(
     """Listen to what becomes of jobs.
 
     ``async with subscribe(dsn) as changes: async for change in changes: …``. A connection that is lost is made anew for
-    as long as it takes; what happened meanwhile is not told later. ``on_gap``, which may be async, is then called, before
-    the next change. ``dsn`` is what `Worker` takes. Raises psycopg's error when the database cannot be reached at first.
+    as long as it takes; what happened meanwhile is not told later. ``on_gap``, which may be async, is then called,
+    before the next change. ``dsn`` is what `Worker` takes. Raises psycopg's error when the database cannot be reached
+    at first.
     """
     heard: deque[str] = deque()
 

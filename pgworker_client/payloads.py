@@ -1,8 +1,8 @@
 """Typed payloads: the annotation of a handler's first parameter says what its payload must be, and what it gets.
 
 An annotation that holds a dataclass, a pydantic model or a msgspec Struct (by itself, in ``list[…]``, ``… | None`` and
-the like) makes a converter; any other annotation means nothing here. pydantic and msgspec convert what is theirs, whole.
-Neither is imported: whoever annotates with one of their types has imported it.
+the like) makes a converter; any other annotation means nothing here. pydantic and msgspec convert what is theirs,
+whole. Neither is imported: whoever annotates with one of their types has imported it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,17 @@ def converter(annotation: Any) -> Convert | None:
     libraries = {library for part in _parts(annotation) if (library := _library(part)) is not None}
     if len(libraries) > 1:
         raise TypeError(f"{_name(annotation)} mixes types of {' and '.join(sorted(libraries))}; use those of one")
-    return None if not libraries else _MAKERS[libraries.pop()](annotation)
+    if "pydantic" in libraries:
+        return _with_pydantic(annotation)
+    if "msgspec" in libraries:
+        return _with_msgspec(annotation)
+    return shape(annotation, _foreign) if libraries else None
+
+
+def _foreign(annotation: Any) -> Convert | None:
+    """What converts a field of a dataclass, if that is of pydantic or msgspec."""
+    library = _library(annotation)
+    return None if library in (None, "dataclasses") else converter(annotation)
 
 
 def _with_pydantic(annotation: Any) -> Convert:
@@ -103,13 +113,6 @@ def _with_msgspec(annotation: Any) -> Convert:
             raise Misfit(str(exc)) from None
 
     return convert
-
-
-_MAKERS: dict[str, Callable[[Any], Convert]] = {
-    "pydantic": _with_pydantic,
-    "msgspec": _with_msgspec,
-    "dataclasses": lambda annotation: shape(annotation, converter),
-}
 
 
 def _library(part: Any) -> str | None:

@@ -63,12 +63,11 @@ class _Shapes:
             return _dict(self.check(inner[1]))
         if isinstance(wanted, type) and issubclass(wanted, enum.Enum):
             return _made(wanted, wanted.__name__, lambda value: wanted(value))
-        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
-            if not hasattr(wanted, "__pydantic_validator__"):
-                return self._dataclass(wanted)
         convert = self._other(wanted)
         if convert is not None:
             return _foreign(convert)
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+            return self._dataclass(wanted)
         raise TypeError(f"no JSON is made a {wanted!r}; pydantic and msgspec know more types")
 
     def _dataclass(self, wanted: type) -> Check:
