@@ -19,9 +19,6 @@ from pgworker_client.logs import LOGGER, Log
 
 JobState = Literal["waiting", "scheduled", "ready", "running", "completed", "failed", "cancelled"]
 
-#: Seconds after which a connection that is silent is asked whether it still works.
-_SILENCE = 30.0
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StateChange:
@@ -41,6 +38,7 @@ class Subscription(AsyncIterator[StateChange]):
         self._on_gap = on_gap
         self._heard = heard
         self._conn: psycopg.AsyncConnection[Any] | None = None
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         await self._link.connect()
@@ -54,13 +52,16 @@ class Subscription(AsyncIterator[StateChange]):
 
     async def close(self) -> None:
         """Close the connection."""
+        self._closed = True
         self._link.stop_trying()
         await self._link.close()
 
     async def __anext__(self) -> StateChange:
-        if self._conn is None:
+        if self._conn is None and not self._closed:
             await self.__aenter__()
         while not self._heard:
+            if self._closed:
+                raise StopAsyncIteration
             try:
                 await self._listen()
             except LinkDown:
@@ -69,7 +70,7 @@ class Subscription(AsyncIterator[StateChange]):
         return StateChange(told["id"], told["task"], told["from"], told["to"])
 
     async def _listen(self) -> None:
-        """Wait until something is heard, at most for a while."""
+        """Wait until something is heard, or the connection is another one."""
         conn = await self._link.connection()
         if conn is not self._conn:
             self._conn = conn
@@ -80,11 +81,10 @@ class Subscription(AsyncIterator[StateChange]):
                     await said
             return
         try:
-            async for _ in conn.notifies(timeout=_SILENCE, stop_after=1):
-                return  # the connection's handler has it
+            async for notification in conn.notifies(stop_after=1):  # and those that came with it
+                self._heard.append(notification.payload)
         except psycopg.Error as exc:
             raise await self._link.judge(conn, exc) from exc
-        await self._link.fetch("select")
 
 
 def subscribe(
@@ -102,9 +102,13 @@ def subscribe(
     """
     heard: deque[str] = deque()
 
+    def hear(notification: psycopg.Notify) -> None:
+        heard.append(notification.payload)
+
     async def listen(conn: psycopg.AsyncConnection[Any]) -> None:
-        conn.add_notify_handler(lambda notification: heard.append(notification.payload))
+        conn.add_notify_handler(hear)  # what comes with the answer; notifies() takes what comes later
         await conn.execute("listen pgworker_events")
+        conn.remove_notify_handler(hear)
 
     log = Log(logger or logging.getLogger(LOGGER), {})
     conninfo = connection_string(dsn, name="pgworker events")

@@ -153,7 +153,10 @@ AT = "2031-05-17T10:00:00Z"
         (types.Folder, {"name": "/", "folders": [{"name": "etc"}]}, types.Folder("/", [types.Folder("etc")])),
         (
             types.Rare,
-            {"at": AT, "day": "2031-05-17", "key": "0" * 32, "price": "1.50", "colour": "red", "either": "x", "share": 1},
+            {
+                "at": AT, "day": "2031-05-17", "key": "0" * 32, "price": "1.50", "colour": "red", "either": "x",
+                "share": 1,
+            },
             types.Rare(
                 at=datetime(2031, 5, 17, 10, tzinfo=UTC), day=date(2031, 5, 17), key=UUID(int=0), price=Decimal("1.50"),
                 colour=types.Colour.RED, either="x", share=1.0,
@@ -175,7 +178,11 @@ def test_what_fits_is_made(annotation: Any, value: Any, expected: Any) -> None:
         (types.Order, {"id": 1, "items": [None]}, "items[0] must be an object, not null"),
         (types.Order, {"id": 1, "items": [], "customer": 1}, "customer must be a text, not 1"),
         (types.Order, {"id": 1, "items": [], "total": "1"}, "total must be a number, not '1'"),
-        (types.Order, {"id": 1, "items": [], "total": 10**400}, "total must be a number that a float can hold, not 1000"),
+        (
+            types.Order,
+            {"id": 1, "items": [], "total": 10**400},
+            "total must be a number that a float can hold, not 1000",
+        ),
         (types.Order, {"id": 1, "items": [], "express": 1}, "express must be true or false, not 1"),
         (types.Order, {"id": 1, "items": [], "tags": {"a": 1}}, "tags.a must be a text, not 1"),
         (types.Order, {"id": 1, "items": [], "tags": []}, "tags must be an object, not an array"),
