@@ -308,7 +308,7 @@ def test_what_cannot_be_a_hook_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="not nothing"):
         worker.on()(print)
     with pytest.raises(TypeError, match="must take one argument"):
-        worker.on("failed")(_no_argument)
+        worker.on("failed")(_no_argument)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="must be a function"):
         worker.on("failed")("text")  # type: ignore[type-var]
 

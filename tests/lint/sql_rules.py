@@ -52,7 +52,7 @@ def security_definer(statements: list[Statement], allowed: Allowances) -> Iterat
 def qualified(statements: list[Statement], _: Allowances) -> Iterator[Finding]:
     """A relation is named with its schema; a transition table has none."""
     triggers: list[Any] = [statement.node for statement in statements if isinstance(statement.node, ast.CreateTrigStmt)]
-    for *_, tree in _trees(statements):  # a function may make one
+    for _path, _line, _function, tree in _trees(statements):  # a function may make one
         triggers += find_all(tree, ast.CreateTrigStmt)
     transitions = {named.name for trigger in triggers for named in trigger.transitionRels or ()}
     for path, line, name, tree in _trees(statements):
