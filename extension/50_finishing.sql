@@ -24,7 +24,7 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 set plan_cache_mode = force_generic_plan
-set pgworker.finishing = 'yes'                    -- events: what is not kept has completed
+set pgworker.finishing = 'yes'                    -- to events: what is not in finished has completed
 as $$
 declare
   v_now   constant timestamptz := pgworker.clock();

@@ -39,7 +39,8 @@ comment on function pgworker.event_tail() is
   'Internal: white space that is another one each time in a transaction.';
 
 -- The trigger functions. The changes of a statement are told in the order of ids, and before settle() goes on, which comes
--- later in the order of the triggers' names: what follows from an end is told after it.
+-- later in the order of the triggers' names: what follows from an end is told after it. They run with the settings of
+-- whoever changed the rows; get_jobs, for one, allows no hash joins, without which old and new rows meet in a square.
 
 create function pgworker.publish_added() returns trigger
 language plpgsql volatile parallel unsafe security definer
@@ -65,6 +66,7 @@ comment on function pgworker.publish_added() is 'Internal: trigger function of t
 create function pgworker.publish_changed() returns trigger
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_hashjoin = on
 set enable_nestloop = off
 set jit = off
 as $$
@@ -109,6 +111,7 @@ comment on function pgworker.publish_ended() is
 create function pgworker.publish_corrected() returns trigger
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_hashjoin = on
 set enable_nestloop = off
 set jit = off
 as $$

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from typing import Any, TypedDict
 from uuid import UUID
 
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgworker_client import Worker, add_job
+from pgworker_client.loading import load_directory
 from pgworker_client.payloads import converter
 from pgworker_client.shapes import Misfit
 from tests.client import payload_types as types
@@ -71,6 +73,15 @@ def test_a_batch_with_an_item_that_does_not_fit_is_not_begun(dsn: str, db: Db) -
     state, error = job(db, "state, last_error")
     assert state == "failed"
     assert error.endswith("list[tests.client.payload_types.Item]: [1].sku is missing")
+
+
+def test_a_task_that_is_a_file_may_be_annotated(dsn: str, db: Db, tmp_path: Path) -> None:
+    (tmp_path / "typed_file.py").write_text(
+        "from tests.client.payload_types import Item\ndef handle(payload: Item, ctx): return payload.count\n"
+    )
+    add_job(db, "typed_file", {"sku": "a", "count": 3})
+    Worker(dsn, tasks=load_directory(tmp_path)).run_once()
+    assert job(db, "state, result") == ("completed", 3)
 
 
 @pytest.mark.parametrize(

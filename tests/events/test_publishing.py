@@ -11,6 +11,7 @@ import pytest
 from tests.calling import FUTURE, PAST, Conn, add, call, claim_ids, refused, register, rows, value, values
 from tests.connections import Connections
 from tests.events.witness import Event, Witness, publish
+from tests.plans.explained import Explained, nodes
 from tests.trees.planting import node, plant
 
 TRIGGERS = "select tgname from pg_trigger where tgname like 'publish%' order by tgname"
@@ -124,6 +125,23 @@ def test_many_changes_of_one_statement_are_told_one_by_one(db: Conn, witness: Wi
     call(db, "finish_jobs", worker, ids[:2000], None, ids[2000:], None)
     told = witness.heard(db)
     assert sorted(told) == [(id, "running", "completed" if id <= ids[1999] else "scheduled") for id in ids]
+
+
+def test_old_and_new_rows_of_a_big_statement_do_not_meet_in_a_square(db: Conn, witness: Witness) -> None:
+    worker = register(db)
+    values(db, "select (pgworker.add_job('a')).id from generate_series(1, 300)")
+    explained = Explained(db)
+    ids = claim_ids(db, worker, 300)
+    assert len(ids) == 300
+    claimed = explained.of("from was w join became b")
+    explained.forget()
+    call(db, "finish_jobs", worker, [], None, ids, None)
+    for plan in (claimed, explained.of("from was w join became b")):
+        joins = [
+            node["Node Type"] for node in nodes(plan) if "Join" in node["Node Type"] or "Loop" in node["Node Type"]
+        ]
+        assert joins == ["Hash Join"]
+    assert len(witness.heard(db)) == 900
 
 
 def test_a_job_that_goes_the_same_way_twice_in_a_transaction_is_told_twice(db: Conn, witness: Witness) -> None:
