@@ -123,7 +123,7 @@ def test_a_job_that_waits_for_its_children_is_told_of(dsn: str, db: Db) -> None:
 
     for handler in (parent, stubborn):
         add_job_tree(db, Node("parent"))
-        worker = Worker(dsn, tasks={"parent": handler, "child": fine})
+        worker = Worker(dsn, tasks={"parent": handler, "child": fine}, concurrency=1)
         seen: dict[str, list[str]] = {"parent": [], "child": []}
 
         @worker.on("started", "waiting", "completed")
