@@ -8,7 +8,8 @@
 --
 -- Triggers, not calls in the functions that change a state: so nothing can be forgotten, and the states before and after
 -- are those of the rows. While events are off there are no triggers, so that this costs nothing at all: even a disabled
--- trigger with transition tables has PostgreSQL gather the rows of each statement. (And a trigger on INSERT would fire
+-- trigger with transition tables has PostgreSQL gather the rows of each statement (an update of 300,000 rows took half as
+-- long again). Calls in the functions would have to ask for the setting each time. (And a trigger on INSERT would fire
 -- while a dump is restored; those that pg_dump knows of, where the schema is no extension, it makes after the data.) The
 -- price is that triggers which are made after CREATE EXTENSION are in no dump: the setting is, and maintain() sees to it
 -- that they follow it.
