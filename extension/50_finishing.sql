@@ -24,7 +24,6 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 set plan_cache_mode = force_generic_plan
-set pgworker.finishing = 'yes'                    -- to events: what is not in finished has completed
 as $$
 declare
   v_now   constant timestamptz := pgworker.clock();
@@ -133,7 +132,6 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 set plan_cache_mode = force_generic_plan
-set pgworker.finishing = 'yes'                    -- as in finish()
 as $$
 declare
   v_completed constant bigint[] := coalesce(finish_jobs.completed, '{}');

@@ -95,9 +95,13 @@ as $$
 declare
   v_now  constant timestamptz := pgworker.clock();
   v_tail constant text := pgworker.event_tail();
-  -- Whatever does not end as completed is in finished.
-  v_else constant text := case when current_setting('pgworker.finishing', true) = 'yes' then 'completed' end;
+  v_callers text;
+  v_else text;
 begin
+  -- What finish() and finish_jobs() take away and do not keep has completed: whatever ends otherwise is in finished. Anything
+  -- else that deletes a job removes it. Who calls is asked here, and not said there, so that it costs nothing without events.
+  get diagnostics v_callers = pg_context;
+  v_else := case when v_callers ~ ' pgworker\.finish(_jobs)?\(' then 'completed' end;
   perform pgworker.notify_event(g.id, g.task_identifier,
                                 pgworker.job_state(g.locked_by, g.waiting, g.run_at, v_now), coalesce(f.state, v_else), v_tail)
   from gone g
