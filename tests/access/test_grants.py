@@ -21,7 +21,7 @@ WORKER = PRODUCER | {
 
 OBSERVER = {
     "version", "next_run_at", "children", "get_children_values", "get_failed_children_values", "job_tree",
-    "tree_progress", "audit", "clock", "moved_clock",  # the last two are what the view calls
+    "tree_progress", "audit", "clock", "moved_clock", "job_state",  # the last three are what the view calls
 }  # fmt: skip
 
 GRANTED: dict[str, set[str]] = {
