@@ -110,6 +110,8 @@ create table pgworker.job (
   on_failure      text,
   ends_as         text,
   cancel_reason   text,
+  limit_key       text,
+  unique_until    timestamptz,
   primary key (id)
 ) with (
   -- Measured: a batch updates every row of a page in one transaction, so only with half of each page free are all
@@ -123,7 +125,8 @@ comment on table pgworker.job is
   'Live jobs. locked_by says which worker runs a job; ends_as that it was asked to stop and how it will end then, '
   'cancel_reason why, cause_id because of which other job. Trees: root_id is null outside of them; slot is the part of '
   'the parent''s counter that counts this job, null if none does; gate_id the nearest job, from this one upwards, that '
-  'waits for its siblings; settled: what its end means for others is dealt with already.';
+  'waits for its siblings; settled: what its end means for others is dealt with already. unique_until: until then its key '
+  'is taken for those who ask for unique_for.';
 
 -- No index and no predicate names a column that a claim changes (locked_at, locked_by, attempts): a claim then writes
 -- one heap tuple and no index entry. What a claim leaves behind in the index is jumped over by the session cursor.
@@ -166,13 +169,16 @@ create table pgworker.finished (
   result          jsonb,
   name            text,
   on_failure      text,
+  limit_key       text,
+  unique_until    timestamptz,
   primary key (id)
 );
 comment on table pgworker.finished is
   'Jobs that ended, until keep_until. The nodes of a tree are kept as long as its root. cause_id: because of which '
-  'other job this one failed or was cancelled.';
+  'other job this one failed or was cancelled. unique_until as in job; a cancelled one has none.';
 create index finished_keep_until on pgworker.finished (keep_until) where keep_until < 'infinity';
 create index finished_tree on pgworker.finished (root_id, parent_id) where root_id is not null;
+create index finished_unique on pgworker.finished (key) where unique_until is not null;
 
 create table pgworker.counter (
   job_id  bigint   not null,
@@ -259,7 +265,8 @@ select j.id, j.task_identifier, j.queue_name,
        j.payload, j.priority::int as priority, j.run_at, j.attempts::int as attempts,
        j.max_attempts::int as max_attempts, j.last_error, j.key, j.revision, j.flags, j.parent_id, j.root_id, j.name,
        j.on_failure, j.progress, null::jsonb as result, j.locked_at, j.locked_by, j.created_at,
-       null::timestamptz as finished_at, j.locked_at as started_at
+       null::timestamptz as finished_at, j.locked_at as started_at, j.limit_key,
+       case when j.ends_as is null then j.unique_until end as unique_until
 from pgworker.job j;
 comment on view pgworker.live is
   'Internal: live jobs as the view jobs shows them.';
@@ -267,14 +274,14 @@ comment on view pgworker.live is
 create view pgworker.jobs as
 select l.id, l.task_identifier, l.queue_name, l.state, l.payload, l.priority, l.run_at, l.attempts, l.max_attempts,
        l.last_error, l.key, l.revision, l.flags, l.parent_id, l.root_id, l.name, l.on_failure, l.progress, l.result,
-       l.locked_at, l.locked_by, l.created_at, l.finished_at, l.started_at
+       l.locked_at, l.locked_by, l.created_at, l.finished_at, l.started_at, l.limit_key, l.unique_until
 from pgworker.live l
 union all
 select f.id, f.task_identifier, f.queue_name, f.state,
        f.payload, f.priority::int, f.run_at, f.attempts::int,
        f.max_attempts::int, f.last_error, f.key, f.revision, f.flags, f.parent_id, f.root_id, f.name,
        f.on_failure, f.progress, f.result, null, null, f.created_at,
-       f.finished_at, f.started_at
+       f.finished_at, f.started_at, f.limit_key, f.unique_until
 from pgworker.finished f;
 comment on view pgworker.jobs is
   'One row per job that the database still knows, live or finished. state: waiting, scheduled, ready, running, '

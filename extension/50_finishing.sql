@@ -41,18 +41,19 @@ begin
     returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, coalesce(e.cause_id, j.cause_id) as cause_id,
               j.revision, j.depth, j.priority, j.attempts, j.max_attempts, j.has_children, j.has_followers, e.state,
               j.task_identifier, j.payload, j.queue_name, j.key, j.flags, coalesce(e.error, j.last_error) as last_error,
-              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by
+              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by, j.limit_key,
+              case when e.state <> 'cancelled' then j.unique_until end as unique_until
   ), kept as (
     insert into pgworker.finished (id, run_at, created_at, started_at, finished_at, keep_until, parent_id, root_id, cause_id,
                                    revision, depth, priority, attempts, max_attempts, has_children, has_followers,
                                    state, task_identifier, payload, queue_name, key, flags, last_error, progress,
-                                   result, name, on_failure)
+                                   result, name, on_failure, limit_key, unique_until)
     select g.id, g.run_at, g.created_at, g.locked_at, v_now,
            case when g.parent_id is not null then 'infinity' when g.state = 'completed' then v_now + interval '1 day'
                 else v_now + interval '30 days' end,
            g.parent_id, g.root_id, g.cause_id, g.revision, g.depth, g.priority, g.attempts, g.max_attempts,
            g.has_children, g.has_followers, g.state, g.task_identifier, g.payload, g.queue_name, g.key, g.flags,
-           g.last_error, g.progress, g.result, g.name, g.on_failure
+           g.last_error, g.progress, g.result, g.name, g.on_failure, g.limit_key, g.unique_until
     from gone g
     where p_keep or g.state <> 'completed' or g.result is not null or g.root_id is not null
   )

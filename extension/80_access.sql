@@ -27,9 +27,9 @@ begin
   execute format('grant usage on schema pgworker to %s', role);
   execute format(
     'grant execute on function pgworker.version(), '
-    'pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text), '
-    'pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text), '
-    'pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text), '
+    'pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text, text, interval, interval), '
+    'pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text, text, interval, interval), '
+    'pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text, text, interval, interval), '
     'pgworker.add_jobs(jsonb), pgworker.add_job_tree(jsonb), pgworker.trigger_job() to %s', role);
 end
 $$;
