@@ -5,6 +5,7 @@
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
 --   task        task settings that somebody made (paused); no row is needed for a task to run
+--   forbidden_flag   flags that no worker takes
 --   worker      registered workers and how their presence is known
 --   notice      what a worker has still to be told about its jobs
 --   setting     options of this installation
@@ -235,6 +236,12 @@ create table pgworker.task (
   paused     boolean not null default false
 );
 comment on table pgworker.task is 'Settings of tasks; a task without settings has no row.';
+
+create table pgworker.forbidden_flag (
+  name         text        not null primary key,
+  forbidden_at timestamptz not null
+);
+comment on table pgworker.forbidden_flag is 'Flags that no worker takes jobs with.';
 
 create table pgworker.worker (
   id            bigint      not null default nextval('pgworker.worker_id') primary key,

@@ -49,13 +49,15 @@ begin
                                    state, task_identifier, payload, queue_name, key, flags, last_error, progress,
                                    result, name, on_failure, limit_key, unique_until)
     select g.id, g.run_at, g.created_at, g.locked_at, v_now,
-           case when g.parent_id is not null then 'infinity' when g.state = 'completed' then v_now + interval '1 day'
-                else v_now + interval '30 days' end,
+           case when g.parent_id is not null then 'infinity'
+                else greatest(g.unique_until, v_now + case when g.state <> 'completed' then interval '30 days'
+                                                           when p_keep or g.result is not null or g.root_id is not null
+                                                             then interval '1 day' end) end,
            g.parent_id, g.root_id, g.cause_id, g.revision, g.depth, g.priority, g.attempts, g.max_attempts,
            g.has_children, g.has_followers, g.state, g.task_identifier, g.payload, g.queue_name, g.key, g.flags,
            g.last_error, g.progress, g.result, g.name, g.on_failure, g.limit_key, g.unique_until
     from gone g
-    where p_keep or g.state <> 'completed' or g.result is not null or g.root_id is not null
+    where p_keep or g.state <> 'completed' or g.result is not null or g.root_id is not null or g.unique_until > v_now
   )
   select array_agg(g.queue_name), array_agg(g.id) into v_names, v_held
   from gone g
@@ -174,6 +176,7 @@ begin
       using ending e
       where j.id = any (array[e.id]) and j.locked_by = finish_jobs.worker_id
         and (e.attempt is null or j.attempts = e.attempt) and j.ends_as is null and j.root_id is null
+        and j.unique_until is null
       returning j.id, j.queue_name
     )
     select coalesce(array_agg(g.id), '{}'), array_agg(g.queue_name) filter (where g.queue_name is not null),

@@ -66,7 +66,7 @@ as $$
 begin
   perform pgworker.refuse_role(role);
   execute format('grant usage on schema pgworker to %s', role);
-  execute format('grant select on pgworker.jobs to %s', role);
+  execute format('grant select on pgworker.jobs, pgworker.forbidden_flags to %s', role);
   -- clock and moved_clock: a view's functions run with the rights of who reads it
   execute format('grant execute on function pgworker.version(), pgworker.clock(timestamptz), '
                  'pgworker.moved_clock(timestamptz), pgworker.next_run_at(text[]), pgworker.children(bigint), '
