@@ -3,6 +3,7 @@
 --   clock       the one place where the time comes from, so that a test can move it
 --   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
+--   attempt     runs of jobs that did not complete them
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
 --   task        task settings that somebody made (paused); no row is needed for a task to run
 --   forbidden_flag   flags that no worker takes
@@ -40,8 +41,21 @@ create table pgworker.setting (
   value text not null
 );
 comment on table pgworker.setting is
-  'Options of this installation. rescue_grace: how long a worker may be gone before its jobs are given back (interval, '
-  'default 5 seconds). allow_fake_now: on lets a session move the clock with pgworker.fake_now (tests only).';
+  'Options of this installation that are not at their defaults; the view settings shows all of them.';
+
+-- Bound when it is created, and inlined to a constant.
+create function pgworker.default_setting(p_name text) returns text
+language sql immutable parallel safe
+return case p_name
+  when 'rescue_grace' then '5 seconds'
+  when 'keep_completed' then '0'
+  when 'keep_results' then '1 day'
+  when 'keep_failed' then '30 days'
+  when 'history' then 'on'
+  when 'allow_fake_now' then 'off'
+end;
+comment on function pgworker.default_setting(text) is
+  'Internal: what a setting is that nobody made; null for a name that is none.';
 
 -- Only reached when pgworker.fake_now is set. SECURITY DEFINER: whoever may ask for the time may not read settings.
 create function pgworker.moved_clock(p_real timestamptz) returns timestamptz
@@ -113,6 +127,7 @@ create table pgworker.job (
   cancel_reason   text,
   limit_key       text,
   unique_until    timestamptz,
+  recorded        boolean     not null default false,
   primary key (id)
 ) with (
   -- Measured: a batch updates every row of a page in one transaction, so only with half of each page free are all
@@ -127,7 +142,7 @@ comment on table pgworker.job is
   'cancel_reason why, cause_id because of which other job. Trees: root_id is null outside of them; slot is the part of '
   'the parent''s counter that counts this job, null if none does; gate_id the nearest job, from this one upwards, that '
   'waits for its siblings; settled: what its end means for others is dealt with already. unique_until: until then its key '
-  'is taken for those who ask for unique_for.';
+  'is taken for those who ask for unique_for. recorded: there are rows of it in attempt.';
 
 -- No index and no predicate names a column that a claim changes (locked_at, locked_by, attempts): a claim then writes
 -- one heap tuple and no index entry. What a claim leaves behind in the index is jumped over by the session cursor.
@@ -172,14 +187,32 @@ create table pgworker.finished (
   on_failure      text,
   limit_key       text,
   unique_until    timestamptz,
+  recorded        boolean     not null default false,
+  worker_id       bigint,
+  worker_name     text,
   primary key (id)
 );
 comment on table pgworker.finished is
   'Jobs that ended, until keep_until. The nodes of a tree are kept as long as its root. cause_id: because of which '
-  'other job this one failed or was cancelled. unique_until as in job; a cancelled one has none.';
+  'other job this one failed or was cancelled. unique_until as in job; a cancelled one has none. recorded as in '
+  'job. worker_id, worker_name: who ran it when it ended, if it was running.';
 create index finished_keep_until on pgworker.finished (keep_until) where keep_until < 'infinity';
 create index finished_tree on pgworker.finished (root_id, parent_id) where root_id is not null;
 create index finished_unique on pgworker.finished (key) where unique_until is not null;
+
+create table pgworker.attempt (
+  job_id      bigint      not null,
+  started_at  timestamptz not null,
+  ended_at    timestamptz not null,
+  worker_id   bigint      not null,
+  attempt     smallint    not null,
+  outcome     text        not null check (outcome in ('failed', 'cancelled', 'rescued', 'released')),
+  worker_name text,
+  error       text
+);
+comment on table pgworker.attempt is
+  'Runs of jobs that did not complete them. They go when their job goes. A run that completed its job is seen in the job.';
+create index attempt_job on pgworker.attempt (job_id);
 
 create table pgworker.counter (
   job_id  bigint   not null,
@@ -232,9 +265,12 @@ comment on table pgworker.queue is
 create index queue_turn on pgworker.queue (turn);
 
 create table pgworker.task (
-  identifier text    not null primary key,
-  paused     boolean not null default false
+  identifier     text    not null primary key,
+  paused         boolean not null default false,
+  keep_completed interval,
+  keep_failed    interval
 );
+create index task_keep_completed on pgworker.task (identifier) where keep_completed is not null;
 comment on table pgworker.task is 'Settings of tasks; a task without settings has no row.';
 
 create table pgworker.forbidden_flag (

@@ -34,8 +34,13 @@ begin
                     where f.id = any (complete_jobs.job_ids) and f.state = 'failed' order by f.id for update);
   perform pgworker.finish(v_ids, array_fill('completed'::text, array[cardinality(v_ids)]), null, null, true);
   update pgworker.finished f
-  set state = 'completed', finished_at = pgworker.clock(),
-      keep_until = case when f.parent_id is null then pgworker.clock() + interval '1 day' else f.keep_until end
+  set state = 'completed', finished_at = pgworker.clock(), worker_id = null, worker_name = null,
+      keep_until = case when f.parent_id is null
+                        then greatest(f.unique_until, pgworker.clock()
+                                      + coalesce((select t.keep_completed from pgworker.task t where t.identifier = f.task_identifier),
+                                                 greatest(pgworker.interval_setting('keep_completed'),
+                                                          pgworker.interval_setting('keep_results'))))
+                        else f.keep_until end
   where f.id = any (v_failed);
   return query select r.* from pgworker.job_rows(v_ids || v_failed) r;
 end

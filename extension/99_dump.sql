@@ -3,6 +3,7 @@
 select pg_catalog.pg_extension_config_dump('pgworker.setting', '');
 select pg_catalog.pg_extension_config_dump('pgworker.job', '');
 select pg_catalog.pg_extension_config_dump('pgworker.finished', '');
+select pg_catalog.pg_extension_config_dump('pgworker.attempt', '');
 select pg_catalog.pg_extension_config_dump('pgworker.counter', '');
 select pg_catalog.pg_extension_config_dump('pgworker.dependency', '');
 select pg_catalog.pg_extension_config_dump('pgworker.unsettled', '');

@@ -18,7 +18,8 @@ from tests.sessions import Background
 
 NOON = "2030-01-01 12:00:00+00"
 ONE = "select * from pgworker.add_job('second', '[2]', job_key := 'k', unique_for := '1 hour')"
-MANY = 'select * from pgworker.add_jobs(\'[{"identifier": "second", "payload": [2], "job_key": "k", "unique_for": "1 hour"}]\')'
+SPEC = '{"identifier": "second", "payload": [2], "job_key": "k", "unique_for": "1 hour"}'
+MANY = f"select * from pgworker.add_jobs('[{SPEC}]')"
 WAYS = pytest.mark.parametrize("query", [ONE, MANY], ids=["add_job", "add_jobs"])
 
 
