@@ -16,7 +16,9 @@ from tests.waiting import until_gone, until_locks_free
 def attempts(conn: Conn, job: int) -> list[tuple[int, str, str | None, str | None]]:
     return [
         (row["attempt"], row["outcome"], row["worker_name"], row["error"])
-        for row in rows(conn, "select * from pgworker.job_attempts where job_id = %s order by started_at, ended_at", job)
+        for row in rows(
+            conn, "select * from pgworker.job_attempts where job_id = %s order by started_at, ended_at", job
+        )
     ]
 
 

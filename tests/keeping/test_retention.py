@@ -21,7 +21,7 @@ def configure(conn: Conn, name: str | None, to: str | None) -> None:
 def of_task(conn: Conn, identifier: str, **columns: str) -> None:
     for name, to in columns.items():
         conn.execute(
-            f"insert into pgworker.task (identifier, {name}) values (%s, %s) "  # type: ignore[arg-type]
+            f"insert into pgworker.task (identifier, {name}) values (%s, %s) "
             f"on conflict (identifier) do update set {name} = excluded.{name}",
             [identifier, to],
         )
