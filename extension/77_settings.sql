@@ -27,6 +27,7 @@ begin atomic
     ('keep_results', true, 'how long those are kept at least that have a result, are the root of a tree or were completed by hand'),
     ('keep_failed', true, 'how long failed and cancelled jobs are kept'),
     ('history', false, 'whether runs that do not complete their job are recorded for job_attempts'),
+    ('publish_events', false, 'whether changes of jobs'' states are notified'),
     ('allow_fake_now', false, 'whether sessions may move the clock with pgworker.fake_now (tests only)')
   ) as v(name, is_interval, meaning);
 end;
@@ -55,6 +56,9 @@ begin
       hint = format('Settings: %s.', (select string_agg(k.name, ', ') from pgworker.known_settings() k));
   end if;
   if value is null then
+    if name = 'publish_events' then
+      perform pgworker.publish_events(false);
+    end if;
     delete from pgworker.setting s where s.name = configure.name;
     return;
   end if;
@@ -73,6 +77,10 @@ begin
                        case when v_interval then 'an interval from 0 to 1000 years' else 'on or off' end,
                        quote_literal(left(value, 200))),
       hint = format('The default is %s; null goes back to it.', pgworker.default_setting(name));
+  end if;
+  if name = 'publish_events' then
+    perform pgworker.publish_events(value = 'on');
+    return;
   end if;
   insert into pgworker.setting as s (name, value) values (configure.name, configure.value)
   on conflict on constraint setting_pkey do update set value = excluded.value;

@@ -16,6 +16,8 @@ from pgworker_client.administration import (
 from pgworker_client.context import BlockingContext, Context
 from pgworker_client.enqueue import JobOptions, JobSpec, add_job, add_jobs, remove_job
 from pgworker_client.errors import JobLost, NotInstalled, PgworkerError, WorkerFailed
+from pgworker_client.events import StateChange, Subscription, subscribe
+from pgworker_client.hooks import JobEvent, WorkerEvent
 from pgworker_client.job import Job, JobRow
 from pgworker_client.node import Node
 from pgworker_client.outcome import Cancel, Fail, Retry, WaitsForChildren
@@ -36,6 +38,7 @@ __all__ = [
     "Context",
     "Fail",
     "Job",
+    "JobEvent",
     "JobLost",
     "JobOptions",
     "JobRow",
@@ -44,9 +47,12 @@ __all__ = [
     "NotInstalled",
     "PgworkerError",
     "Retry",
+    "StateChange",
+    "Subscription",
     "TreeRow",
     "WaitsForChildren",
     "Worker",
+    "WorkerEvent",
     "WorkerFailed",
     "add_job",
     "add_job_tree",
@@ -64,5 +70,6 @@ __all__ = [
     "remove_job",
     "reschedule_jobs",
     "retry_jobs",
+    "subscribe",
     "tree_progress",
 ]

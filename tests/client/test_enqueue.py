@@ -214,7 +214,7 @@ def test_windows_are_timedeltas_alone_in_specs_and_in_any_dict(db: Db) -> None:
     for job in (add_job(db, "t", **bounded), *add_jobs(db, [{"identifier": "t", **bounded}])):
         assert job.run_at == job.created_at + hour
     with pytest.raises(TypeError, match="unique_for must be a timedelta, not 3600"):
-        add_job(db, "t", unique_for=3600)  # type: ignore[arg-type]
+        add_job(db, "t", unique_for=3600)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"specs\[0\].debounce_max must be a timedelta, not '1 hour'"):
         add_jobs(db, [{"identifier": "t", "debounce_max": "1 hour"}])
 

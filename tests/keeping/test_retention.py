@@ -157,11 +157,16 @@ def test_the_view_shows_every_setting_and_what_was_made_of_it(tx: Conn) -> None:
     configure(tx, "keep_failed", "1 week")
     configure(tx, "history", "off")
     configure(tx, "history", None)
+    configure(tx, "publish_events", "on")
+    assert value(tx, "select count(*) from pg_trigger where tgname = 'publish_added'") == 1
+    configure(tx, "publish_events", None)
+    assert value(tx, "select count(*) from pg_trigger where tgname = 'publish_added'") == 0
     shown = {row["name"]: (row["value"], row["default_value"]) for row in rows(tx, "select * from pgworker.settings")}
     assert shown.pop("allow_fake_now")[1] == "off"
     assert shown == {
         "rescue_grace": ("5 seconds", "5 seconds"), "keep_completed": ("0", "0"), "keep_results": ("1 day", "1 day"),
         "keep_failed": ("1 week", "30 days"), "history": ("on", "on"),
+        "publish_events": ("off", "off"),
     }  # fmt: skip
     assert all(values(tx, "select meaning > '' from pgworker.settings"))
 
