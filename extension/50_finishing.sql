@@ -215,9 +215,10 @@ begin
 
   -- Most jobs end like this: completed, no result, no tree, nobody asked them to stop. One delete, nothing kept.
   if cardinality(v_completed) > 0 then
-    v_keeps := finish_jobs.results is not null
-      or exists (select from pgworker.setting s where s.name = 'keep_completed' and s.value::interval > interval '0')
-      or exists (select from pgworker.task t where t.keep_completed is not null);
+    v_keeps := finish_jobs.worker_id is not null   -- to finish() null means: whoever holds them
+      and (finish_jobs.results is not null
+           or exists (select from pgworker.setting s where s.name = 'keep_completed' and s.value::interval > interval '0')
+           or exists (select from pgworker.task t where t.keep_completed is not null));
   end if;
   if v_keeps then
     v_done := pgworker.finish(v_completed, array_fill('completed'::text, array[cardinality(v_completed)]), null,

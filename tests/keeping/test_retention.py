@@ -79,6 +79,15 @@ def test_failed_jobs_are_kept_as_long_as_the_installation_says(tx: Conn) -> None
     assert (job_row(tx, job), contents(tx)["attempt"][1:]) == (None, [])
 
 
+def test_nobody_ends_what_somebody_holds_however_long_it_is_kept(tx: Conn) -> None:
+    configure(tx, "keep_completed", "1 day")
+    worker, job = register(tx), add(tx)["id"]
+    assert claim_ids(tx, worker) == [job]
+    for other in (None, worker + 1):
+        assert [one["outcome"] for one in call(tx, "finish_jobs", other, [job], None, None, None)] == ["lost"]
+    assert state(tx, job) == "running"
+
+
 @WAYS
 def test_a_task_has_its_own_word_and_leaves_others_theirs(tx: Conn, how: str) -> None:
     of_task(tx, "kept", keep_completed="3 hours", keep_failed="1 minute")
