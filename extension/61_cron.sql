@@ -179,7 +179,7 @@ begin
   end if;
   if not v_known then
     raise exception using errcode = '22023',
-      message = format('timezone %s is not the name of a time zone', quote_literal(left(p_timezone, 200))),
+      message = format('timezone %s is unknown or an abbreviation', quote_literal(left(p_timezone, 200))),
       hint = 'Name a place, for example Europe/Berlin, or UTC; pg_timezone_names has them all. Abbreviations like CET know '
              'no summer time.';
   end if;
@@ -196,8 +196,8 @@ declare
   v_any_date constant boolean := position('0' in p_fields.dates) = 0;
   v_any_weekday constant boolean := position('0' in p_fields.weekdays) = 0;
   v_day      date := v_from::date;
-  v_hour     int := extract(hour from v_from);
-  v_minute   int := extract(minute from v_from);
+  v_hour     int := extract(hour from v_from)::int;
+  v_minute   int := extract(minute from v_from)::int;
   v_year     int;
   v_month    int;
   v_dated    boolean;
@@ -205,9 +205,9 @@ declare
   v_n        int;
 begin
   loop
-    v_month := extract(month from v_day);
+    v_month := extract(month from v_day)::int;
     if substr(p_fields.months, v_month, 1) = '0' then
-      v_year := extract(year from v_day);
+      v_year := extract(year from v_day)::int;
       v_n := position('1' in substr(p_fields.months, v_month + 1));
       v_day := case when v_n > 0 then make_date(v_year, v_month + v_n, 1)
                     else make_date(v_year + 1, position('1' in p_fields.months), 1) end;
@@ -221,18 +221,22 @@ begin
       if substr(p_fields.hours, v_hour + 1, 1) = '1' then
         v_n := position('1' in substr(p_fields.minutes, v_minute + 1));
         if v_n > 0 then
-          return v_day + make_interval(hours => v_hour, mins => v_minute + v_n - 1);
+          v_minute := v_minute + v_n - 1;
+          exit;
         end if;
       end if;
       v_n := position('1' in substr(p_fields.hours, v_hour + 2));
       if v_n > 0 then
-        return v_day + make_interval(hours => v_hour + v_n, mins => position('1' in p_fields.minutes) - 1);
+        v_hour := v_hour + v_n;
+        v_minute := position('1' in p_fields.minutes) - 1;
+        exit;
       end if;
     end if;
     v_day := v_day + 1;
     v_hour := 0;
     v_minute := 0;
   end loop;
+  return v_day + make_interval(hours => v_hour, mins => v_minute);
 end
 $$;
 comment on function pgworker.cron_local(pgworker.cron_fields, timestamp) is
@@ -301,9 +305,7 @@ begin
   loop
     if not p_fields.every_hour then
       v_at := pgworker.cron_instant(v_local, p_timezone);
-      if v_at > p_after then
-        return v_at;
-      end if;
+      exit when v_at > p_after;
       v_local := pgworker.cron_local(p_fields, v_local + interval '1 minute');
       continue;
     end if;
@@ -316,12 +318,13 @@ begin
       v_from := pgworker.clock_change(v_from, v_look, p_timezone);
       v_local := pgworker.cron_local(p_fields, v_from at time zone p_timezone);
     elsif v_look = v_at then
-      return v_at;
+      exit;
     else
       v_from := greatest(v_look, (v_local at time zone p_timezone) - interval '12 hours');
       v_local := pgworker.cron_local(p_fields, (v_from at time zone p_timezone) + interval '1 microsecond');
     end if;
   end loop;
+  return v_at;
 end
 $$;
 comment on function pgworker.cron_tick(pgworker.cron_fields, timestamptz, text) is

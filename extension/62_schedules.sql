@@ -294,7 +294,7 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_names text[] := '{}';
+  v_names text[] := array[]::text[];
   v_line  record;
   v_name  text;
   v_state text;
