@@ -16,6 +16,17 @@ from pgworker_client.errors import JobLost, NotInstalled, PgworkerError, WorkerF
 from pgworker_client.job import Job, JobRow
 from pgworker_client.node import Node
 from pgworker_client.outcome import Cancel, Fail, Retry, WaitsForChildren
+from pgworker_client.scheduling import (
+    ScheduleOptions,
+    ScheduleRow,
+    cron_preview,
+    load_crontab,
+    pause_schedule,
+    resume_schedule,
+    schedule_job,
+    schedules,
+    unschedule_job,
+)
 from pgworker_client.trees import (
     TreeRow,
     add_job_tree,
@@ -41,6 +52,8 @@ __all__ = [
     "NotInstalled",
     "PgworkerError",
     "Retry",
+    "ScheduleOptions",
+    "ScheduleRow",
     "TreeRow",
     "WaitsForChildren",
     "Worker",
@@ -51,12 +64,19 @@ __all__ = [
     "cancel_jobs",
     "children",
     "complete_jobs",
+    "cron_preview",
     "get_children_values",
     "get_failed_children_values",
     "job_tree",
+    "load_crontab",
+    "pause_schedule",
     "permanently_fail_jobs",
     "remove_job",
     "reschedule_jobs",
+    "resume_schedule",
     "retry_jobs",
+    "schedule_job",
+    "schedules",
     "tree_progress",
+    "unschedule_job",
 ]

@@ -1,9 +1,9 @@
 """Ticks as others find them: croniter, cronsim, and the rule itself, minute by minute.
 
 The others differ around changes of clocks, among themselves and from the rule here, so each is asked where it has the
-same rule. croniter: UTC. cronsim, which has Debian's: all zones; but a minute field with a star does not make it go by
-the clock here; and a step over all dates or weekdays is a restriction here, as for croniter. The rule, minute by minute:
-everything, around changes of clocks.
+same rule. croniter: UTC. cronsim, which has Debian's: all zones but one, where clocks were put back over midnight and
+it searches for ever; but a minute field with a star does not make it go by the clock here; and a step over all dates or
+weekdays is a restriction here, as for croniter. The rule, minute by minute: everything, around changes of clocks.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def test_every_tick_is_croniters(tx: Conn, seed: int) -> None:
         assert previewed(tx, expression, _TICKS, after, "UTC") == expected, (expression.text, after)
 
 
-@pytest.mark.parametrize("zone", ZONES)
+@pytest.mark.parametrize("zone", [zone for zone in ZONES if zone != "America/St_Johns"])
 def test_every_tick_is_cronsims(tx: Conn, zone: str) -> None:
     rng, compared = random.Random(zone), 0
-    while compared < 60:
+    while compared < 100:
         expression, after = random_expression(rng), random_moment(rng, zone)
         steps = [one for one in (expression.date, expression.weekday) if one.text.startswith("*/")]
         either = expression.date.text != "*" and expression.weekday.text != "*"
@@ -72,7 +72,7 @@ def test_every_tick_is_cronsims(tx: Conn, zone: str) -> None:
 @pytest.mark.parametrize("zone", [zone for zone in ZONES if clock_changes(zone)])
 def test_every_tick_around_a_change_of_clocks_is_the_rules(tx: Conn, zone: str) -> None:
     rng = random.Random(zone)
-    for _ in range(40):
+    for _ in range(20):
         change = rng.choice(clock_changes(zone))
         first, last = change - timedelta(hours=rng.randint(1, 30)), change + timedelta(hours=30)
         expression = random_expression(rng)

@@ -77,7 +77,8 @@ def test_years_of_ticks_are_all_run_once_and_nothing_else(tx: Conn) -> None:
         run = values(tx, "select run_at from pgworker.jobs where task_identifier = %s order by run_at", name)
         expected = values(
             tx,
-            "select t from pgworker.schedules s, pgworker.cron_preview(s.cron, 1000, '2027-12-31 12:00+00', s.timezone) t"
+            "select t from pgworker.schedules s"
+            " cross join pgworker.cron_preview(s.cron, 1000, '2027-12-31 12:00+00', s.timezone) t"
             " where s.name = %s and t < s.next_tick order by t",
             name,
         )
@@ -102,7 +103,7 @@ def test_a_tick_missed_in_a_short_restart_is_not_lost(clocked: Conn) -> None:
     at(clocked, "10:25:59")
     maintain(clocked)
     assert ticks(clocked) == ["10:21", "10:22", "10:23", "10:24", "10:25"]
-    assert not [job for job in rows(clocked, "select payload from pgworker.jobs") if job["payload"]["_cron"]["backfilled"]]
+    assert not any(values(clocked, "select (payload->'_cron'->'backfilled')::boolean from pgworker.jobs"))
 
 
 def test_without_backfill_older_ticks_are_not_run(clocked: Conn) -> None:
@@ -122,7 +123,9 @@ def test_backfill_makes_up_for_missed_ticks_in_order_and_no_further_back(clocked
     maintain(clocked)
     assert ticks(clocked) == ["13:00", "14:00", "15:00"]
     assert ticks(clocked, "all") == ["11:00", "12:00", "13:00", "14:00", "15:00"]  # since it is known
-    late = values(clocked, "select payload->'_cron'->'backfilled' from pgworker.jobs where task_identifier = 't' order by id")
+    late = values(
+        clocked, "select payload->'_cron'->'backfilled' from pgworker.jobs where task_identifier = 't' order by id"
+    )
     assert late == [True, True, False]
 
 
@@ -146,9 +149,8 @@ def test_a_long_backfill_is_run_in_portions_that_do_not_keep_others_waiting(cloc
     assert maintain(clocked) == pytest.approx(0.01)
     at(clocked, "15:00:12")
     assert maintain(clocked) == pytest.approx(1)
-    expected = values(
-        clocked, "select to_char(t at time zone 'UTC', 'HH24:MI') from pgworker.cron_preview('* * * * *', 280, %s) t", START
-    )
+    preview = "select to_char(t at time zone 'UTC', 'HH24:MI') from pgworker.cron_preview('* * * * *', 280, %s) t"
+    expected = values(clocked, preview, START)
     assert ticks(clocked) == expected
 
 
@@ -308,9 +310,7 @@ def test_any_number_of_sessions_add_one_job_a_tick(dsn: str, db: Conn) -> None:
     assert [ticks(db, f"t{n}") for n in range(5)] == [expected] * 5
 
 
-def test_a_schedule_that_somebody_is_changing_does_not_keep_the_others_waiting(
-    db: Conn, connect: Connections
-) -> None:
+def test_a_schedule_that_somebody_is_changing_does_not_keep_the_others_waiting(db: Conn, connect: Connections) -> None:
     move_clock(db, START)
     schedule(db, name="held", identifier="held")
     schedule(db)
