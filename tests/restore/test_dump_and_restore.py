@@ -87,9 +87,9 @@ def _populate(conn: Conn) -> dict[str, int]:
     call(conn, "complete_job", session, leaf, '{"n": 1}')
     conn.execute("insert into pgworker.unsettled (job_id, what) values (%s, 'release')", [known["half a tree"]])
     move_clock(conn, "2020-05-10 10:00+00")
-    call(conn, "schedule_job", "every\t\\N", "*/10 * * * *", "scheduled",
-         payload='{"text": "\\t\\\\N"}', backfill="2 hours", timezone="Europe/Berlin", queue_name="q",
-         job_key="tick", job_key_mode="preserve_run_at", priority=-5, max_attempts=3, flags=["\\N", "b,{}"])  # fmt: skip
+    call(conn, "schedule_job", "every\t\\N", "*/10 * * * *", "scheduled", payload='{"text": "\\t\\\\N"}',
+         backfill="2 hours", timezone="Europe/Berlin", queue_name="q", max_attempts=3, priority=-5,
+         job_key="tick", job_key_mode="preserve_run_at", flags=["\\N", "b,{}"])  # fmt: skip
     call(conn, "schedule_job", "resting", "@daily", "resting")
     call(conn, "load_crontab", "0 4 * * * from_crontab")
     call(conn, "pause_schedule", "resting")
