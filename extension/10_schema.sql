@@ -1,6 +1,6 @@
 -- 10_schema.sql: what is stored
 --
---   clock       the one place where the time comes from, so that a test can move it
+--   clock       the one place where the time comes from, so that a test can move it (fake_now)
 --   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
@@ -65,8 +65,8 @@ return case when coalesce(current_setting('pgworker.fake_now', true), '') = '' t
 comment on function pgworker.clock(timestamptz) is
   'The time that pgworker goes by: when the running statement arrived (or the given time), unless a test moved it.';
 
--- SECURITY DEFINER: whoever may use the queue may test with it, and needs no right on the settings for that. The setting that
--- it makes can be made without it, and is honoured no more then.
+-- SECURITY DEFINER: whoever may use the queue may test with it, and needs no right on the settings for that. What it sets
+-- can be set without it, too, and is then honoured in the same databases and no others.
 create function pgworker.fake_now(at timestamptz) returns timestamptz
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
@@ -81,7 +81,8 @@ begin
     raise exception using errcode = '22023', message = format('at must lie between the years 1 and 9999, got %s', at),
       hint = 'Give null to have the real time again.';
   end if;
-  perform set_config('pgworker.fake_now', coalesce(to_char(at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), ''), false);
+  perform set_config('pgworker.fake_now',
+                     coalesce(to_char(at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), ''), false);
   return pgworker.clock();
 end
 $$;

@@ -335,4 +335,5 @@ end
 $$;
 comment on function pgworker.maintain() is
   'Gives back the jobs of workers that have vanished, does what was left to be done in trees, prunes finished jobs, and adds '
-  'the jobs of schedules that are due. Any session may call it, any number at once; returns how long until the next call is useful.';
+  'the jobs of schedules that are due. Any session may call it, any number at once; returns how long until the next call '
+  'is useful.';

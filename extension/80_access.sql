@@ -76,6 +76,7 @@ begin
                  'pgworker.job_tree(bigint), pgworker.tree_progress(bigint), pgworker.audit() to %s', role);
 end
 $$;
-comment on function pgworker.grant_observer(regrole) is 'Lets a role look at every job and every schedule, and change nothing.';
+comment on function pgworker.grant_observer(regrole) is
+  'Lets a role look at every job and every schedule, and change nothing.';
 
 revoke execute on all functions in schema pgworker from public;
