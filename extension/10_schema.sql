@@ -8,6 +8,7 @@
 --   worker      registered workers and how their presence is known
 --   notice      what a worker has still to be told about its jobs
 --   setting     options of this installation
+--   job_state   in which state a live job is
 --   live        job as the public view shows it
 --   jobs        the public view over job and finished
 --
@@ -19,7 +20,8 @@
 -- somebody who changed the row.
 -- Whether an id is among many is asked with not in (select ... from unnest(...)), or (... in (...)) is true: both are looked
 -- up in a hash table, which = any and <> all are not in a plan that is kept, and in alone may become a nested loop.
--- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel.
+-- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel. (Where
+-- somebody wants events, 65_events.sql makes one.)
 -- Row order of lock taking everywhere: job rows by id, then queue rows by name, then worker rows by id.
 
 -- What is created here is bound now: nothing of whoever installs it may come between.
@@ -40,7 +42,8 @@ create table pgworker.setting (
 );
 comment on table pgworker.setting is
   'Options of this installation. rescue_grace: how long a worker may be gone before its jobs are given back (interval, '
-  'default 5 seconds). allow_fake_now: on lets a session move the clock with pgworker.fake_now (tests only).';
+  'default 5 seconds). allow_fake_now: on lets a session move the clock with pgworker.fake_now (tests only). '
+  'publish_events: on has changes of jobs'' states notified (publish_events() sets it).';
 
 -- Only reached when pgworker.fake_now is set. SECURITY DEFINER: whoever may ask for the time may not read settings.
 create function pgworker.moved_clock(p_real timestamptz) returns timestamptz
@@ -275,12 +278,20 @@ create table pgworker.notice (
 );
 comment on table pgworker.notice is 'What heartbeat() will tell workers: jobs to stop, jobs taken from them.';
 
+-- Inlined, like clock().
+create function pgworker.job_state(p_locked_by bigint, p_waiting boolean, p_run_at timestamptz, p_now timestamptz)
+returns text
+language sql immutable parallel safe
+return case when p_locked_by is not null then 'running'
+            when p_waiting then 'waiting'
+            when p_run_at > p_now then 'scheduled'
+            else 'ready' end;
+comment on function pgworker.job_state(bigint, boolean, timestamptz, timestamptz) is
+  'Internal: the state of a live job.';
+
 create view pgworker.live as
 select j.id, j.task_identifier, j.queue_name,
-       case when j.locked_by is not null then 'running'
-            when j.waiting then 'waiting'
-            when j.run_at > (select pgworker.clock()) then 'scheduled'
-            else 'ready' end as state,
+       pgworker.job_state(j.locked_by, j.waiting, j.run_at, (select pgworker.clock())) as state,
        j.payload, j.priority::int as priority, j.run_at, j.attempts::int as attempts,
        j.max_attempts::int as max_attempts, j.last_error, j.key, j.revision, j.flags, j.parent_id, j.root_id, j.name,
        j.on_failure, j.progress, null::jsonb as result, j.locked_at, j.locked_by, j.created_at,

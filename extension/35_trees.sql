@@ -15,12 +15,16 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into pgworker.counter (job_id, after, slot, pending)
-  select u.job_id, p_after, g.slot,
-         case when g.slot > 0 then (u.of + k.parts - g.slot) / k.parts when k.parts > 0 then k.parts else u.of end
+  select u.job_id, p_after, s.slot, s.pending
   from unnest(p_ids, p_counts) as u(job_id, of)
   cross join lateral (select pgworker.parts(u.of) as parts) as k
-  cross join lateral generate_series(0, k.parts) as g(slot)
-  order by u.job_id, g.slot;
+  cross join lateral (
+    select 0::smallint as slot, case when k.parts = 0 then u.of else k.parts end as pending
+    union all
+    select pgworker.slot(g.place, u.of), count(*)
+    from generate_series(0, case when k.parts = 0 then -1 else u.of - 1 end) as g(place)
+    group by 1) as s
+  order by u.job_id, s.slot;
 end
 $$;
 comment on function pgworker.add_counters(boolean, bigint[], bigint[]) is

@@ -283,6 +283,7 @@ begin
   if not pg_try_advisory_xact_lock(1886874483, 1) then
     return v_next;
   end if;
+  perform pgworker.rearm_events();
   select coalesce(max(s.value)::interval, interval '5 seconds') into v_grace
   from pgworker.setting s where s.name = 'rescue_grace';
 

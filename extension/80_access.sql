@@ -67,8 +67,9 @@ begin
   perform pgworker.refuse_role(role);
   execute format('grant usage on schema pgworker to %s', role);
   execute format('grant select on pgworker.jobs, pgworker.schedules to %s', role);
-  -- clock and moved_clock: a view's functions run with the rights of who reads it
+  -- clock, moved_clock and job_state: a view's functions run with the rights of who reads it
   execute format('grant execute on function pgworker.version(), pgworker.clock(timestamptz), '
+                 'pgworker.job_state(bigint, boolean, timestamptz, timestamptz), '
                  'pgworker.moved_clock(timestamptz), pgworker.fake_now(timestamptz), '
                  'pgworker.cron_next(text, timestamptz, text), pgworker.cron_preview(text, int, timestamptz, text), '
                  'pgworker.next_run_at(text[]), pgworker.children(bigint), '

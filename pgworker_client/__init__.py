@@ -13,6 +13,8 @@ from pgworker_client.administration import (
 from pgworker_client.context import BlockingContext, Context
 from pgworker_client.enqueue import JobOptions, JobSpec, add_job, add_jobs, remove_job
 from pgworker_client.errors import JobLost, NotInstalled, PgworkerError, WorkerFailed
+from pgworker_client.events import StateChange, Subscription, subscribe
+from pgworker_client.hooks import JobEvent, WorkerEvent
 from pgworker_client.job import Job, JobRow
 from pgworker_client.node import Node
 from pgworker_client.outcome import Cancel, Fail, Retry, WaitsForChildren
@@ -44,6 +46,7 @@ __all__ = [
     "Context",
     "Fail",
     "Job",
+    "JobEvent",
     "JobLost",
     "JobOptions",
     "JobRow",
@@ -54,9 +57,12 @@ __all__ = [
     "Retry",
     "ScheduleOptions",
     "ScheduleRow",
+    "StateChange",
+    "Subscription",
     "TreeRow",
     "WaitsForChildren",
     "Worker",
+    "WorkerEvent",
     "WorkerFailed",
     "add_job",
     "add_job_tree",
@@ -77,6 +83,7 @@ __all__ = [
     "retry_jobs",
     "schedule_job",
     "schedules",
+    "subscribe",
     "tree_progress",
     "unschedule_job",
 ]

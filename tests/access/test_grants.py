@@ -22,7 +22,7 @@ WORKER = PRODUCER | {
 OBSERVER = {
     "version", "next_run_at", "children", "get_children_values", "get_failed_children_values", "job_tree",
     "tree_progress", "audit", "cron_next", "cron_preview", "fake_now",
-    "clock", "moved_clock",  # what the view calls
+    "clock", "moved_clock", "job_state",  # what the view calls
 }  # fmt: skip
 
 GRANTED: dict[str, set[str]] = {

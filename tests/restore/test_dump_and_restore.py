@@ -15,6 +15,7 @@ import pytest
 from pgworker_client.embedded import EmbeddedServer
 from tests.calling import Conn, add, call, claim_ids, contents, register, rows, value
 from tests.clock import move_clock
+from tests.events.witness import Witness
 from tests.invariants import assert_all_claimable, assert_consistent
 from tests.lifecycle import STATES, job_in
 from tests.restore.dumping import FORMATS, drop, dump, restore
@@ -221,4 +222,23 @@ def test_a_restored_extension_can_be_dropped_and_leaves_nothing(
     _populate(db)
     copy = restored("custom")
     copy.execute("drop extension pgworker")
+    assert value(copy, "select to_regnamespace('pgworker') is null")
+
+
+@pytest.mark.parametrize("kind", ["inserts", "directory"])
+def test_events_are_published_again_after_a_restore(
+    server: EmbeddedServer, db: Conn, restored: Restored, kind: str
+) -> None:
+    add(db)
+    value(db, "select pgworker.publish_events(true)")
+    copy = restored(kind)
+    call(copy, "maintain")
+    with psycopg.connect(copy.info.dsn, autocommit=True) as listener:
+        witness = Witness(listener)
+        job = add(copy)["id"]
+        assert witness.heard(copy) == [(job, None, "ready")]
+    if server.has_extension:
+        copy.execute("drop extension pgworker")
+    else:
+        copy.execute("drop schema pgworker cascade")
     assert value(copy, "select to_regnamespace('pgworker') is null")
