@@ -99,8 +99,8 @@ begin
     name, created_at, changed_at, next_tick, due_at, backfill, max_attempts, priority, from_crontab, cron, fields, timezone,
     identifier, payload, queue_name, job_key, job_key_mode, flags)
   select p_name, v_now, v_now, t.tick, t.tick, coalesce(p_backfill, interval '0'), p_max_attempts, p_priority,
-         p_from_crontab, p_cron, v_fields, v_zone, p_identifier, v_payload, p_queue_name, p_job_key, coalesce(p_job_key_mode, 'replace'),
-         nullif(p_flags, '{}')
+         p_from_crontab, p_cron, v_fields, v_zone, p_identifier, v_payload, p_queue_name, p_job_key,
+         coalesce(p_job_key_mode, 'replace'), nullif(p_flags, '{}')
   from (select pgworker.cron_tick(v_fields, v_now, v_zone) as tick) as t
   on conflict (name) do update
   set changed_at = excluded.changed_at,
