@@ -34,6 +34,10 @@ class Field:
     restricted: bool
 
 
+ANY_DATE = Field("*", frozenset(range(1, 32)), restricted=False)
+ANY_MONTH = Field("*", frozenset(range(1, 13)), restricted=False)
+
+
 @dataclass(frozen=True)
 class Expression:
     """Five fields."""

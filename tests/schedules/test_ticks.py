@@ -154,6 +154,18 @@ def test_a_long_backfill_is_run_in_portions_that_do_not_keep_others_waiting(cloc
     assert ticks(clocked) == expected
 
 
+def test_many_long_backfills_do_not_keep_a_new_tick_waiting(clocked: Conn) -> None:
+    for n in range(12):
+        schedule(clocked, name=f"s{n}", identifier="late", backfill="1 day")
+    at(clocked, "17:59:30")
+    schedule(clocked, "0 * * * *")
+    at(clocked, "18:00:00")
+    maintain(clocked)
+    at(clocked, "18:00:01")
+    maintain(clocked)
+    assert ticks(clocked) == ["18:00"]
+
+
 def test_a_thousand_schedules_due_at_once_are_all_run(clocked: Conn) -> None:
     clocked.execute("select pgworker.schedule_job('s' || n, '30 10 * * *', 't') from generate_series(1, 2500) n")
     at(clocked, "10:30")
