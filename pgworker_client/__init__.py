@@ -21,6 +21,17 @@ from pgworker_client.hooks import JobEvent, WorkerEvent
 from pgworker_client.job import Job, JobRow
 from pgworker_client.node import Node
 from pgworker_client.outcome import Cancel, Fail, Retry, WaitsForChildren
+from pgworker_client.scheduling import (
+    ScheduleOptions,
+    ScheduleRow,
+    cron_preview,
+    load_crontab,
+    pause_schedule,
+    resume_schedule,
+    schedule_job,
+    schedules,
+    unschedule_job,
+)
 from pgworker_client.trees import (
     TreeRow,
     add_job_tree,
@@ -47,6 +58,8 @@ __all__ = [
     "NotInstalled",
     "PgworkerError",
     "Retry",
+    "ScheduleOptions",
+    "ScheduleRow",
     "StateChange",
     "Subscription",
     "TreeRow",
@@ -62,14 +75,21 @@ __all__ = [
     "children",
     "complete_jobs",
     "configure",
+    "cron_preview",
     "forbid_flag",
     "get_children_values",
     "get_failed_children_values",
     "job_tree",
+    "load_crontab",
+    "pause_schedule",
     "permanently_fail_jobs",
     "remove_job",
     "reschedule_jobs",
+    "resume_schedule",
     "retry_jobs",
+    "schedule_job",
+    "schedules",
     "subscribe",
     "tree_progress",
+    "unschedule_job",
 ]
