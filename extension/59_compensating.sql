@@ -2,7 +2,9 @@
 --
 --   compensation_keys    what the compensate of a node may have
 --   add_compensations    those of new nodes, checked
---   remember             what compensations are given of the nodes that completed
+--   account              what a compensation is told of its node
+--   remember             ... of one that completed, when it is about to be forgotten or undone
+--   remember_success     ... of one that was to stop, and reports that it is done
 --   compensate           adds the compensations of trees that have failed and come to rest
 --   lock_compensated     what cannot be run again or declared completed any more
 --   drop_compensations   a tree is forgotten
@@ -20,7 +22,7 @@
 
 create function pgworker.compensation_keys() returns text[]
 language sql immutable parallel safe
-return array['identifier', 'payload', 'queue_name', 'max_attempts', 'priority', 'flags'];
+return array['identifier', 'payload', 'queue_name', 'max_attempts', 'priority', 'flags', 'limit_key'];
 comment on function pgworker.compensation_keys() is
   'Internal: the keys of an object that describes the compensation of a node.';
 
@@ -62,6 +64,12 @@ $$;
 comment on function pgworker.add_compensations(jsonb[], text, int[], int[], bigint[], bigint) is
   'Internal: keeps the compensations of these new nodes; raises 22023 (22004, PW003) for one that cannot be.';
 
+create function pgworker.account(p_id bigint, p_identifier text, p_name text, p_payload jsonb, p_result jsonb) returns jsonb
+language sql immutable parallel safe
+return jsonb_build_object('id', p_id, 'identifier', p_identifier, 'name', p_name, 'payload', p_payload, 'result', p_result);
+comment on function pgworker.account(bigint, text, text, jsonb, jsonb) is
+  'Internal: what a compensation is told of the node that it undoes.';
+
 create function pgworker.remember(p_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -70,9 +78,7 @@ set jit = off
 as $$
 begin
   update pgworker.compensation c
-  set finished_at = f.finished_at,
-      node = jsonb_build_object('id', f.id, 'identifier', f.task_identifier, 'name', f.name, 'payload', f.payload,
-                                'result', f.result)
+  set finished_at = f.finished_at, node = pgworker.account(f.id, f.task_identifier, f.name, f.payload, f.result)
   from pgworker.finished f
   where c.ctid = any (array(select o.ctid from pgworker.compensation o
                             where o.node_id = any (p_ids) and o.node is null for update skip locked))
@@ -82,6 +88,26 @@ $$;
 comment on function pgworker.remember(bigint[]) is
   'Internal: keeps with their compensations what those of these jobs did that have completed. Rows that somebody holds '
   'are passed over.';
+
+-- It ends as cancelled, or as failed, but what it has done is done.
+create function pgworker.remember_success(p_ids bigint[], p_results jsonb[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+begin
+  perform from pgworker.compensation c where c.node_id = any (p_ids) order by c.node_id for update;
+  update pgworker.compensation c
+  set finished_at = pgworker.clock(), node = pgworker.account(j.id, j.task_identifier, j.name, j.payload, u.result)
+  from unnest(p_ids, p_results) as u(id, result)
+  join pgworker.job j on j.id = u.id
+  where c.node_id = any (array[u.id]);
+end
+$$;
+comment on function pgworker.remember_success(bigint[], jsonb[]) is
+  'Internal: these jobs, whose rows the caller has locked, were asked to stop, and have been reported as completed: they '
+  'are to be undone like any that completed.';
 
 create function pgworker.compensate(p_roots bigint[]) returns void
 language plpgsql volatile parallel unsafe

@@ -4,8 +4,11 @@ The queue's rules live in the database; the reference of the SQL functions says 
 """
 
 from pgworker_client.administration import (
+    allow_flag,
     cancel_jobs,
     complete_jobs,
+    configure,
+    forbid_flag,
     permanently_fail_jobs,
     reschedule_jobs,
     retry_jobs,
@@ -13,9 +16,22 @@ from pgworker_client.administration import (
 from pgworker_client.context import BlockingContext, Context
 from pgworker_client.enqueue import JobOptions, JobSpec, add_job, add_jobs, remove_job
 from pgworker_client.errors import JobLost, NotInstalled, PgworkerError, WorkerFailed
+from pgworker_client.events import StateChange, Subscription, subscribe
+from pgworker_client.hooks import JobEvent, WorkerEvent
 from pgworker_client.job import Job, JobRow
 from pgworker_client.node import Node
 from pgworker_client.outcome import Cancel, Fail, Retry, WaitsForChildren
+from pgworker_client.scheduling import (
+    ScheduleOptions,
+    ScheduleRow,
+    cron_preview,
+    load_crontab,
+    pause_schedule,
+    resume_schedule,
+    schedule_job,
+    schedules,
+    unschedule_job,
+)
 from pgworker_client.trees import (
     TreeRow,
     add_job_tree,
@@ -33,6 +49,7 @@ __all__ = [
     "Context",
     "Fail",
     "Job",
+    "JobEvent",
     "JobLost",
     "JobOptions",
     "JobRow",
@@ -41,22 +58,38 @@ __all__ = [
     "NotInstalled",
     "PgworkerError",
     "Retry",
+    "ScheduleOptions",
+    "ScheduleRow",
+    "StateChange",
+    "Subscription",
     "TreeRow",
     "WaitsForChildren",
     "Worker",
+    "WorkerEvent",
     "WorkerFailed",
     "add_job",
     "add_job_tree",
     "add_jobs",
+    "allow_flag",
     "cancel_jobs",
     "children",
     "complete_jobs",
+    "configure",
+    "cron_preview",
+    "forbid_flag",
     "get_children_values",
     "get_failed_children_values",
     "job_tree",
+    "load_crontab",
+    "pause_schedule",
     "permanently_fail_jobs",
     "remove_job",
     "reschedule_jobs",
+    "resume_schedule",
     "retry_jobs",
+    "schedule_job",
+    "schedules",
+    "subscribe",
     "tree_progress",
+    "unschedule_job",
 ]

@@ -25,6 +25,7 @@ from pgworker_client.enqueue import add_job
 from pgworker_client.errors import PgworkerError, one_line
 from pgworker_client.loading import load_directory, load_worker
 from pgworker_client.logs import log_to_stderr
+from pgworker_client.scheduling import load_crontab
 from pgworker_client.worker import Worker
 
 _Command = Callable[[argparse.Namespace], int]
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--run-at", metavar="TIME", help="ISO 8601; without an offset it is local time")
     job.add_argument("--max-attempts", type=int, metavar="N")
     job.add_argument("--key", help="job key: unique among live jobs")
-    job.add_argument("--key-mode", choices=["replace", "preserve_run_at", "unsafe_dedupe"])
+    job.add_argument("--key-mode", choices=["replace", "preserve_run_at", "unsafe_dedupe", "debounce"])
     job.add_argument("--priority", type=int, metavar="N", help="lower runs sooner")
     job.add_argument("--flag", action="append", metavar="FLAG", help="may be given more than once")
 
@@ -114,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         "--follow", action="store_true", help="draw it anew until the root has ended; status 1 if it did not complete"
     )
     tree.add_argument("--all", action="store_true", help="every job, however many siblings it has")
+
+    crontab = add("crontab", _crontab, "Make the schedules of a crontab, and print them with their next ticks.")
+    crontab.add_argument("file", type=argparse.FileType(encoding="utf-8"), metavar="FILE", help="- is standard input")
+    crontab.add_argument("--prune", action="store_true", help="remove those made so before that are not in it any more")
 
     add("install", _install, "Install pgworker in the database: as an extension if offered, else the same SQL by hand.")
     add("upgrade", _upgrade, "Bring pgworker in the database to the version of this client.")
@@ -174,6 +179,14 @@ def _tree(options: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")
     with _connect(options) as conn:
         return show_tree(conn, options.id, follow=options.follow, everything=options.all)
+
+
+def _crontab(options: argparse.Namespace) -> int:
+    with options.file as file, _connect(options) as conn:
+        made = load_crontab(conn, file.read(), prune=options.prune)
+    for one in made:
+        print(f"{one.name}  {one.next_tick or 'paused'}")
+    return 0
 
 
 def _install(options: argparse.Namespace) -> int:

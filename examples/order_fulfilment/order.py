@@ -29,7 +29,9 @@ def order_tree(item: str, quantity: int, customer: str, notify_url: str) -> Node
 async def reserve(payload: dict[str, Any], ctx: Context) -> None:
     """Take the goods out of the stock."""
     async with ctx.connection() as conn:
-        price = await (await conn.execute("select price from order_fulfilment.stock where item = %(item)s", payload)).fetchone()
+        price = await (
+            await conn.execute("select price from order_fulfilment.stock where item = %(item)s", payload)
+        ).fetchone()
     amount = price[0] * payload["quantity"] if price else 0
     async with ctx.transaction(result={"amount": amount}) as conn:
         if await (await conn.execute(RESERVE, payload)).fetchone() is None:

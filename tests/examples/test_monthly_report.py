@@ -18,6 +18,7 @@ from tests.examples.commands import commands, run
 
 Db = psycopg.Connection[Any]
 
+
 @pytest.fixture
 def rates() -> Iterator[str]:
     """The address of a service that knows exchange rates."""

@@ -71,9 +71,7 @@ def test_an_order_of_which_nobody_can_be_told_is_refunded_and_released(dsn: str,
     assert picture[-1] == "6 jobs: 4 completed, 2 failed"
 
 
-def test_an_order_that_is_fulfilled_stays_so(
-    dsn: str, db: Db, tmp_path: Path, service: tuple[str, list[Any]]
-) -> None:
+def test_an_order_that_is_fulfilled_stays_so(dsn: str, db: Db, tmp_path: Path, service: tuple[str, list[Any]]) -> None:
     url, told = service
     _order(dsn, tmp_path, "--notify", url)
     assert db.execute(_SHOP).fetchone() == (98, 940)
