@@ -290,8 +290,8 @@ create table pgworker.unsettled (
 comment on table pgworker.unsettled is
   'What the end of a job has still to do to others in its tree, because somebody held their rows at that moment, or, '
   'before compensations (of the tree of root job_id), because some of them ran: maintain() does it when it is due, in the '
-  'order of n, and puts it off when that is so still. Nothing but n is '
-  'unique: whoever writes here holds locks, and must not wait for somebody who writes or does the same.';
+  'order of n, and puts it off when that is so still. Nothing but n is unique: whoever writes here holds locks, and must '
+  'not wait for somebody who writes or does the same.';
 create index unsettled_job on pgworker.unsettled (job_id);
 
 create table pgworker.queue (

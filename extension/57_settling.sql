@@ -318,8 +318,11 @@ begin
     cross join lateral jsonb_populate_record(
       null::pgworker.finished,
       to_jsonb(g) || jsonb_build_object(
-        'state', 'cancelled', 'started_at', g.locked_at, 'finished_at', pgworker.clock(),
-        'keep_until', pgworker.clock() + pgworker.interval_setting('keep_failed'), 'last_error', format('job %s was removed', g.id))) as r
+        'state', 'cancelled', 'started_at', g.locked_at, 'finished_at', pgworker.clock(), 'unique_until', null,
+        'keep_until', pgworker.clock() + coalesce((select t.keep_failed from pgworker.task t
+                                                   where t.identifier = g.task_identifier),
+                                                  pgworker.interval_setting('keep_failed')),
+        'last_error', format('job %s was removed', g.id))) as r
     where g.id = g.root_id and exists (select from pgworker.compensation c where c.root_id = g.id offset 0)
       and not exists (select from pgworker.finished f where f.id = g.id offset 0);
   end if;

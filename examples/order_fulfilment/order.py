@@ -1,7 +1,7 @@
 """The tree of an order, and the worker that runs its jobs: ``pgworker run examples.order_fulfilment.order``.
 
-Each step changes the shop's tables and ends its job in one transaction, so it is done once or not at all; and so is what
-undoes it.
+Each step changes the shop's tables and ends its job in one transaction, so it is done once or not at all; and so is
+what undoes it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import urllib.request
 from typing import Any
 
-from examples.order_fulfilment.shop import CHARGE, REFUND, RELEASE, RESERVE
+from examples.order_fulfilment.shop import CHARGE, PRICE, REFUND, RELEASE, RESERVE
 from pgworker_client import BlockingContext, Context, Fail, Node, Worker, children
 
 worker = Worker()
@@ -29,11 +29,8 @@ def order_tree(item: str, quantity: int, customer: str, notify_url: str) -> Node
 async def reserve(payload: dict[str, Any], ctx: Context) -> None:
     """Take the goods out of the stock."""
     async with ctx.connection() as conn:
-        price = await (
-            await conn.execute("select price from order_fulfilment.stock where item = %(item)s", payload)
-        ).fetchone()
-    amount = price[0] * payload["quantity"] if price else 0
-    async with ctx.transaction(result={"amount": amount}) as conn:
+        price = await (await conn.execute(PRICE, payload)).fetchone()
+    async with ctx.transaction(result={"amount": price[0] if price else 0}) as conn:
         if await (await conn.execute(RESERVE, payload)).fetchone() is None:
             raise Fail(f"there are not {payload['quantity']} of {payload['item']}")
 

@@ -17,6 +17,8 @@ insert into order_fulfilment.stock values ('lamp', 30, 100), ('chair', 90, 10) o
 insert into order_fulfilment.account values ('ada', 1000), ('grace', 50) on conflict do nothing;
 """
 
+PRICE = "select price * %(quantity)s from order_fulfilment.stock where item = %(item)s"
+
 RESERVE = """
 update order_fulfilment.stock set available = available - %(quantity)s
 where item = %(item)s and available >= %(quantity)s

@@ -199,7 +199,8 @@ def test_a_tree_whose_root_is_removed_is_kept_as_cancelled_and_undone(tx: Conn, 
     else:
         assert call(tx, "remove_job", "k")[0]["id"] == ids["order"]
     after = seen(tx, ids["order"])
-    assert after["finished_at"] and after["last_error"] == f"job {ids['order']} was removed"
+    assert after["finished_at"]
+    assert after["last_error"] == f"job {ids['order']} was removed"
     changed = {"state": "cancelled", "finished_at": after["finished_at"], "last_error": after["last_error"]}
     assert after == before | changed
     assert value(
