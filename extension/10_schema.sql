@@ -4,7 +4,7 @@
 --   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
---   task        task settings that somebody made (paused); no row is needed for a task to run
+--   task        task settings that somebody made; no row is needed for a task to run
 --   worker      registered workers and how their presence is known
 --   notice      what a worker has still to be told about its jobs
 --   setting     options of this installation
@@ -225,10 +225,30 @@ comment on table pgworker.queue is
 create index queue_turn on pgworker.queue (turn);
 
 create table pgworker.task (
-  identifier text    not null primary key,
-  paused     boolean not null default false
+  identifier              text     not null primary key,
+  paused                  boolean  not null default false,
+  max_attempts            smallint,
+  backoff                 jsonb,
+  timeout                 interval,
+  max_concurrency         int,
+  max_concurrency_per_key int,
+  rate_limit              int,
+  rate_interval           interval,
+  rate_limit_per_key      int,
+  rate_interval_per_key   interval,
+  fair                    boolean  not null default false,
+  keep_completed          interval,
+  keep_failed             interval,
+  looked_at               timestamptz,
+  keyed   boolean not null generated always as (
+    fair or max_concurrency_per_key is not null or rate_limit_per_key is not null) stored,
+  limited boolean not null generated always as (
+    fair or max_concurrency is not null or max_concurrency_per_key is not null
+    or rate_limit is not null or rate_limit_per_key is not null) stored
 );
-comment on table pgworker.task is 'Settings of tasks; a task without settings has no row.';
+comment on table pgworker.task is
+  'Settings of tasks; null is the default, and a task without settings has no row. looked_at: when maintain() last looked '
+  'for jobs that were added before the limits and are to be counted by them.';
 
 create table pgworker.worker (
   id            bigint      not null default nextval('pgworker.worker_id') primary key,
