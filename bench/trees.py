@@ -120,9 +120,11 @@ def _end_all(side: Side, bench: Bench, conn: psycopg.Connection[Any], count: int
     def end(session: psycopg.Connection[Any]) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                with session.transaction():
-                    session.execute("select pgworker.complete_job(%s, %s, '1')", [worker, claimed.get_nowait()])
-                    session.execute("select pg_sleep(%s)", [COMMIT])
+                # One round trip, so that it is the database that is measured.
+                session.execute(
+                    f"begin; select pgworker.complete_job({worker}, {claimed.get_nowait()}, '1');"
+                    f"select pg_sleep({COMMIT}); commit"
+                )
 
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(side.connect(bench.server)) for _ in range(SESSIONS)]

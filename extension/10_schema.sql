@@ -5,9 +5,11 @@
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
 --   task        task settings that somebody made; no row is needed for a task to run
+--   permit      limits of tasks: one row for each that they let through
 --   worker      registered workers and how their presence is known
 --   notice      what a worker has still to be told about its jobs
 --   setting     options of this installation
+--   job_state   in which state a live job is
 --   live        job as the public view shows it
 --   jobs        the public view over job and finished
 --
@@ -19,8 +21,9 @@
 -- somebody who changed the row.
 -- Whether an id is among many is asked with not in (select ... from unnest(...)), or (... in (...)) is true: both are looked
 -- up in a hash table, which = any and <> all are not in a plan that is kept, and in alone may become a nested loop.
--- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel.
--- Row order of lock taking everywhere: job rows by id, then queue rows by name, then worker rows by id.
+-- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel. (Where
+-- somebody wants events, 65_events.sql makes one.)
+-- Row order of lock taking everywhere: job rows by id, then queue rows by name, then permits, then worker rows by id.
 
 -- What is created here is bound now: nothing of whoever installs it may come between.
 set local search_path = pg_catalog, pg_temp;
@@ -40,7 +43,8 @@ create table pgworker.setting (
 );
 comment on table pgworker.setting is
   'Options of this installation. rescue_grace: how long a worker may be gone before its jobs are given back (interval, '
-  'default 5 seconds). allow_fake_now: on lets a session move the clock with pgworker.fake_now (tests only).';
+  'default 5 seconds). allow_fake_now: on lets a session move the clock with pgworker.fake_now (tests only). '
+  'publish_events: on has changes of jobs'' states notified (publish_events() sets it).';
 
 -- Only reached when pgworker.fake_now is set. SECURITY DEFINER: whoever may ask for the time may not read settings.
 create function pgworker.moved_clock(p_real timestamptz) returns timestamptz
@@ -110,6 +114,9 @@ create table pgworker.job (
   on_failure      text,
   ends_as         text,
   cancel_reason   text,
+  limit_key       text,
+  unique_until    timestamptz,
+  lane            text        collate "C",
   primary key (id)
 ) with (
   -- Measured: a batch updates every row of a page in one transaction, so only with half of each page free are all
@@ -123,16 +130,22 @@ comment on table pgworker.job is
   'Live jobs. locked_by says which worker runs a job; ends_as that it was asked to stop and how it will end then, '
   'cancel_reason why, cause_id because of which other job. Trees: root_id is null outside of them; slot is the part of '
   'the parent''s counter that counts this job, null if none does; gate_id the nearest job, from this one upwards, that '
-  'waits for its siblings; settled: what its end means for others is dealt with already.';
+  'waits for its siblings; settled: what its end means for others is dealt with already. unique_until: until then its key '
+  'is taken for those who ask for unique_for. lane: what a job of a task with '
+  'limits stands in line in, null for others.';
 
 -- No index and no predicate names a column that a claim changes (locked_at, locked_by, attempts): a claim then writes
 -- one heap tuple and no index entry. What a claim leaves behind in the index is jumped over by the session cursor.
-create index job_claim on pgworker.job (priority, run_at, id) where queue_name is null and not waiting;
+create index job_claim on pgworker.job (priority, run_at, id) where queue_name is null and lane is null and not waiting;
 -- The two indexes of queued jobs have predicates that hold for all of them and differ, and each statement states that of
 -- the index that it means: on an empty table the planner sees no difference between them, and a session keeps its plan.
 create index job_claim_queued on pgworker.job (priority, run_at, id)
-  where queue_name is not null and not waiting and id > 0;
-create index job_queue on pgworker.job (queue_name, priority, run_at, id) where queue_name > '' and not waiting;
+  where queue_name is not null and lane is null and not waiting and id > 0;
+create index job_queue on pgworker.job (queue_name, priority, run_at, id)
+  where queue_name > '' and lane is null and not waiting;
+-- Jobs of tasks with limits are in these instead (42_limits.sql): where they wait, nobody else passes.
+create index job_lane on pgworker.job (task_identifier, lane, priority, run_at, id) where lane > '' and not waiting;
+create index job_lane_due on pgworker.job (task_identifier, run_at) where lane is not null and not waiting;
 -- Trees are found from their roots: the children of a job are (root_id, parent_id).
 create index job_tree on pgworker.job (root_id, parent_id) where root_id is not null;
 create index job_gate on pgworker.job (gate_id) where gate_id is not null;
@@ -166,13 +179,16 @@ create table pgworker.finished (
   result          jsonb,
   name            text,
   on_failure      text,
+  limit_key       text,
+  unique_until    timestamptz,
   primary key (id)
 );
 comment on table pgworker.finished is
   'Jobs that ended, until keep_until. The nodes of a tree are kept as long as its root. cause_id: because of which '
-  'other job this one failed or was cancelled.';
+  'other job this one failed or was cancelled. unique_until as in job; a cancelled one has none.';
 create index finished_keep_until on pgworker.finished (keep_until) where keep_until < 'infinity';
 create index finished_tree on pgworker.finished (root_id, parent_id) where root_id is not null;
+create index finished_unique on pgworker.finished (key) where unique_until is not null;
 
 create table pgworker.counter (
   job_id  bigint   not null,
@@ -250,6 +266,26 @@ comment on table pgworker.task is
   'Settings of tasks; null is the default, and a task without settings has no row. looked_at: when maintain() last looked '
   'for jobs that were added before the limits and are to be counted by them.';
 
+create table pgworker.permit (
+  task_identifier text        not null,
+  kind            text        not null check (kind in ('concurrency', 'rate')),
+  lane_key        text        collate "C" not null,
+  n               int         not null,
+  job_id          bigint,
+  lane            text        collate "C",
+  free_at         timestamptz not null default '-infinity',
+  primary key (task_identifier, kind, lane_key, n)
+) with (fillfactor = 40, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+        autovacuum_vacuum_cost_delay = 0);
+comment on table pgworker.permit is
+  'Limits of tasks: as many rows as a gate lets through, each taken by a claim until free_at. lane_key: the limit key, '
+  'empty for the limit of the whole task. job_id, lane: who took it last. Rows are made by claims, as those of queues.';
+-- Which of the three a statement means it says with their predicates, which hold for all rows or all that were ever taken:
+-- see the indexes of queued jobs.
+create index permit_free on pgworker.permit (task_identifier, kind, lane_key, free_at) where n > 0;
+create index permit_freed on pgworker.permit (task_identifier, free_at) where lane is not null;
+create index permit_job on pgworker.permit (job_id) where job_id is not null;
+
 create table pgworker.worker (
   id            bigint      not null default nextval('pgworker.worker_id') primary key,
   name          text,
@@ -270,16 +306,25 @@ create table pgworker.notice (
 );
 comment on table pgworker.notice is 'What heartbeat() will tell workers: jobs to stop, jobs taken from them.';
 
+-- Inlined, like clock().
+create function pgworker.job_state(p_locked_by bigint, p_waiting boolean, p_run_at timestamptz, p_now timestamptz)
+returns text
+language sql immutable parallel safe
+return case when p_locked_by is not null then 'running'
+            when p_waiting then 'waiting'
+            when p_run_at > p_now then 'scheduled'
+            else 'ready' end;
+comment on function pgworker.job_state(bigint, boolean, timestamptz, timestamptz) is
+  'Internal: the state of a live job.';
+
 create view pgworker.live as
 select j.id, j.task_identifier, j.queue_name,
-       case when j.locked_by is not null then 'running'
-            when j.waiting then 'waiting'
-            when j.run_at > (select pgworker.clock()) then 'scheduled'
-            else 'ready' end as state,
+       pgworker.job_state(j.locked_by, j.waiting, j.run_at, (select pgworker.clock())) as state,
        j.payload, j.priority::int as priority, j.run_at, j.attempts::int as attempts,
        j.max_attempts::int as max_attempts, j.last_error, j.key, j.revision, j.flags, j.parent_id, j.root_id, j.name,
        j.on_failure, j.progress, null::jsonb as result, j.locked_at, j.locked_by, j.created_at,
-       null::timestamptz as finished_at, j.locked_at as started_at
+       null::timestamptz as finished_at, j.locked_at as started_at, j.limit_key,
+       case when j.ends_as is null then j.unique_until end as unique_until
 from pgworker.job j;
 comment on view pgworker.live is
   'Internal: live jobs as the view jobs shows them.';
@@ -287,14 +332,14 @@ comment on view pgworker.live is
 create view pgworker.jobs as
 select l.id, l.task_identifier, l.queue_name, l.state, l.payload, l.priority, l.run_at, l.attempts, l.max_attempts,
        l.last_error, l.key, l.revision, l.flags, l.parent_id, l.root_id, l.name, l.on_failure, l.progress, l.result,
-       l.locked_at, l.locked_by, l.created_at, l.finished_at, l.started_at
+       l.locked_at, l.locked_by, l.created_at, l.finished_at, l.started_at, l.limit_key, l.unique_until
 from pgworker.live l
 union all
 select f.id, f.task_identifier, f.queue_name, f.state,
        f.payload, f.priority::int, f.run_at, f.attempts::int,
        f.max_attempts::int, f.last_error, f.key, f.revision, f.flags, f.parent_id, f.root_id, f.name,
        f.on_failure, f.progress, f.result, null, null, f.created_at,
-       f.finished_at, f.started_at
+       f.finished_at, f.started_at, f.limit_key, f.unique_until
 from pgworker.finished f;
 comment on view pgworker.jobs is
   'One row per job that the database still knows, live or finished. state: waiting, scheduled, ready, running, '
@@ -302,7 +347,8 @@ comment on view pgworker.jobs is
 
 create type pgworker.claimed_job as (
   id bigint, task_identifier text, payload jsonb, attempts int, max_attempts int, queue_name text, priority int,
-  run_at timestamptz, key text, flags text[], parent_id bigint, root_id bigint, progress jsonb, created_at timestamptz
+  run_at timestamptz, key text, flags text[], parent_id bigint, root_id bigint, progress jsonb, created_at timestamptz,
+  timeout interval
 );
 comment on type pgworker.claimed_job is 'What a worker gets to know of a job that it claimed.';
 

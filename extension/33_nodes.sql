@@ -12,17 +12,23 @@ language sql immutable parallel safe
 return pgworker.job_keys() || array['name', 'on_failure', 'children', 'after'];
 comment on function pgworker.node_keys() is 'Internal: the keys of an object that describes a node of a tree.';
 
--- Up to 31 are counted in the total itself; more in a number of parts, dealt round, because jobs that lie side by side are
--- claimed, and so ended, at about the same time by different sessions.
+-- Up to 31 are counted in the total itself; more in parts. Jobs that lie side by side are claimed, and so ended, at about
+-- the same time: one by one by different sessions, which must not wait for each other, so neighbours are dealt round; or
+-- many by one report, which should not have to count in every part, so that is done among 16 parts, and each run of a
+-- thousand has 16 of its own. Measured, one by one from 16 sessions with commits of 5 ms: dealt among 1, 8, 16, 32 parts
+-- 125, 824, 1,339, 1,396 a second (1,728 unrelated jobs); each part that a report touches costs it about 10 us, and more
+-- the longer an old snapshot has kept the versions of its counter.
 create function pgworker.parts(p_count bigint) returns int
 language sql immutable parallel safe
-return case when p_count < 32 then 0 else least(32, p_count / 8) end::int;
+return case when p_count < 32 then 0 else least(16, p_count / 8) * greatest(1, least(64, p_count / 1024)) end::int;
 comment on function pgworker.parts(bigint) is
   'Internal: in how many parts the counter of a job that waits for so many is divided; 0: it is not.';
 
 create function pgworker.slot(p_place bigint, p_count bigint) returns smallint
 language sql immutable parallel safe
-return (case when pgworker.parts(p_count) = 0 then 0 else 1 + p_place % pgworker.parts(p_count) end)::smallint;
+return (case when p_count < 32 then 0
+             else 1 + p_place % least(16, p_count / 8)
+                  + 16 * (p_place * greatest(1, least(64, p_count / 1024)) / p_count) end)::smallint;
 comment on function pgworker.slot(bigint, bigint) is
   'Internal: the slot of a counter in which the p_place-th (from 0) of so many is counted.';
 
@@ -134,6 +140,19 @@ begin
       format('%s.on_failure must be one of fail-parent, ignore, remove, got %s',
              pgworker.spec_label(p_base, v_bad.n, p_parents, p_places), quote_literal(left(v_bad.policy, 200))),
       'Leave it out for fail-parent.');
+  end if;
+
+  -- Who would wait for a job that is another tree's, or has long been finished?
+  select s.n, k.key into v_bad
+  from unnest(p_specs) with ordinality as s(spec, n)
+  cross join unnest(array['unique_for', 'debounce_max', 'job_key_mode']) with ordinality as k(key, place)
+  where case when k.key = 'job_key_mode' then s.spec ->> k.key = 'debounce' else s.spec ->> k.key is not null end
+  order by s.n, k.place limit 1;
+  if found then
+    perform pgworker.refuse_tree(
+      format('%s.%s cannot be had in a tree, got %s', pgworker.spec_label(p_base, v_bad.n, p_parents, p_places), v_bad.key,
+             quote_literal(left(p_specs[v_bad.n] ->> v_bad.key, 200))),
+      'A node is a job of its own: leave it out, and let the job that adds the tree be the unique or debounced one.');
   end if;
 
   select min(m.n) as n, m.name into v_bad

@@ -15,12 +15,16 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into pgworker.counter (job_id, after, slot, pending)
-  select u.job_id, p_after, g.slot,
-         case when g.slot > 0 then (u.of + k.parts - g.slot) / k.parts when k.parts > 0 then k.parts else u.of end
+  select u.job_id, p_after, s.slot, s.pending
   from unnest(p_ids, p_counts) as u(job_id, of)
   cross join lateral (select pgworker.parts(u.of) as parts) as k
-  cross join lateral generate_series(0, k.parts) as g(slot)
-  order by u.job_id, g.slot;
+  cross join lateral (
+    select 0::smallint as slot, case when k.parts = 0 then u.of else k.parts end as pending
+    union all
+    select pgworker.slot(g.place, u.of), count(*)
+    from generate_series(0, case when k.parts = 0 then -1 else u.of - 1 end) as g(place)
+    group by 1) as s
+  order by u.job_id, s.slot;
 end
 $$;
 comment on function pgworker.add_counters(boolean, bigint[], bigint[]) is
@@ -87,8 +91,8 @@ begin
   with added as (
     insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
                                    created_at, parent_id, root_id, depth, slot, gate_id, waiting, has_children,
-                                   has_followers, name, on_failure)
-    select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now), coalesce(s.max_attempts, 25),
+                                   has_followers, name, on_failure, limit_key, lane)
+    select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now), coalesce(s.max_attempts, t.max_attempts, 25),
            s.job_key, coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now,
            coalesce(v_ids[v_parents[s.n]], p_parent.id), coalesce(p_parent.root_id, v_ids[1]),
            coalesce(p_parent.depth + 1, 0) + v_depths[s.n] - 1,
@@ -96,10 +100,12 @@ begin
                 else p_slots[v_places[s.n] + 1] end,
            coalesce(v_ids[v_gates[s.n]], case when v_afters[s.n] > 0 then v_ids[s.n] end),
            v_counts[s.n] > 0 or v_gates[s.n] > 0 or v_afters[s.n] > 0, v_counts[s.n] > 0, v_leads[s.n],
-           w.spec ->> 'name', w.spec ->> 'on_failure'
+           w.spec ->> 'name', w.spec ->> 'on_failure', s.limit_key,
+           case when t.limited then pgworker.lane(t.keyed, s.limit_key, s.queue_name) end
     from pgworker.read_specs(v_specs, pgworker.node_keys(), p_base, v_parents, v_places) s
     -- joined, not v_specs[s.n]: to find one of an array's elements of different lengths all before it are walked over
     join unnest(v_specs) with ordinality as w(spec, n) on w.n = s.n
+    left join pgworker.task t on t.identifier = s.identifier
     order by s.job_key nulls first, s.n
     on conflict (key) where key is not null do nothing
     returning j.id, j.waiting, j.run_at

@@ -8,7 +8,7 @@
 --
 -- Fence: only the worker that holds a job (locked_by) can end it; a caller that also names the attempt (as claimed) is
 -- protected against its own past.
--- Locks: job rows by id, then queue rows by name; who holds a queue row waits for nobody that waits for it.
+-- Locks: job rows by id, then queue rows by name, then permits; who holds a queue row waits for nobody that waits for it.
 
 -- Moves jobs out of the live table; what that means for others in their trees follows from it (57_settling.sql). What is
 -- kept, and for how long: failed and cancelled jobs 30 days, completed ones one day if they have a result, belong to a
@@ -29,6 +29,7 @@ declare
   v_now   constant timestamptz := pgworker.clock();
   v_names text[];
   v_held  bigint[];
+  v_limited bigint[];
 begin
   with ending as materialized (
     select e.id, e.state, e.error, e.result, e.cause_id
@@ -41,25 +42,29 @@ begin
     returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, coalesce(e.cause_id, j.cause_id) as cause_id,
               j.revision, j.depth, j.priority, j.attempts, j.max_attempts, j.has_children, j.has_followers, e.state,
               j.task_identifier, j.payload, j.queue_name, j.key, j.flags, coalesce(e.error, j.last_error) as last_error,
-              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by
+              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by, j.lane, j.limit_key,
+              case when e.state <> 'cancelled' then j.unique_until end as unique_until
   ), kept as (
     insert into pgworker.finished (id, run_at, created_at, started_at, finished_at, keep_until, parent_id, root_id, cause_id,
                                    revision, depth, priority, attempts, max_attempts, has_children, has_followers,
                                    state, task_identifier, payload, queue_name, key, flags, last_error, progress,
-                                   result, name, on_failure)
+                                   result, name, on_failure, limit_key, unique_until)
     select g.id, g.run_at, g.created_at, g.locked_at, v_now,
            case when g.parent_id is not null then 'infinity' when g.state = 'completed' then v_now + interval '1 day'
                 else v_now + interval '30 days' end,
            g.parent_id, g.root_id, g.cause_id, g.revision, g.depth, g.priority, g.attempts, g.max_attempts,
            g.has_children, g.has_followers, g.state, g.task_identifier, g.payload, g.queue_name, g.key, g.flags,
-           g.last_error, g.progress, g.result, g.name, g.on_failure
+           g.last_error, g.progress, g.result, g.name, g.on_failure, g.limit_key, g.unique_until
     from gone g
     where p_keep or g.state <> 'completed' or g.result is not null or g.root_id is not null
   )
-  select array_agg(g.queue_name), array_agg(g.id) into v_names, v_held
+  select array_agg(g.queue_name) filter (where g.queue_name is not null),
+         array_agg(g.id) filter (where g.queue_name is not null), array_agg(g.id) filter (where g.lane is not null)
+  into v_names, v_held, v_limited
   from gone g
-  where g.queue_name is not null and g.locked_by is not null;
+  where g.locked_by is not null;
   perform pgworker.free_queues(v_names, v_held);
+  perform pgworker.free_permits(v_limited);
 end
 $$;
 comment on function pgworker.finish(bigint[], text[], text[], jsonb[], boolean, bigint[]) is
@@ -80,23 +85,39 @@ declare
   v_names text[];
   v_held  bigint[];
   v_soon  timestamptz;
+  v_limited bigint[];
+  v_errors text[] := p_errors;
+  v_delays interval[];
 begin
+  if p_retry_at is null and exists (select from pgworker.task t where t.backoff is not null) then
+    -- The default is reckoned below, for all alike.
+    select array_agg(concat_ws('; ', f.error, d.complaint) order by f.n), array_agg(d.delay order by f.n)
+    into v_errors, v_delays
+    from unnest(p_ids, p_errors) with ordinality as f(id, error, n)
+    cross join lateral (select o.task_identifier, o.attempts from pgworker.job o where o.id = f.id offset 0) as j
+    left join lateral (select o.backoff from pgworker.task o
+                       where o.identifier = j.task_identifier and o.backoff is not null offset 0) as t on true
+    left join lateral pgworker.retry_delay(t.backoff, j.attempts) d on t.backoff is not null;
+  end if;
   with failed as materialized (
-    select f.id, f.error from unnest(p_ids, p_errors) as f(id, error) order by f.id
+    select f.id, f.error, f.delay from unnest(p_ids, v_errors, v_delays) as f(id, error, delay) order by f.id
   ), back as (
     update pgworker.job j
     set locked_at = null, locked_by = null, last_error = f.error,
-        run_at = coalesce(p_retry_at, greatest(v_now, j.run_at) + exp(least(j.attempts, 10)) * interval '1 second'),
+        run_at = coalesce(p_retry_at, greatest(v_now, j.run_at)
+                                      + coalesce(f.delay, exp(least(j.attempts, 10)) * interval '1 second')),
         payload = coalesce(p_payload, j.payload)
     from failed f
     where j.id = any (array[f.id])
-    returning j.id, j.queue_name, j.run_at
+    returning j.id, j.queue_name, j.lane, j.run_at
   )
   select array_agg(b.queue_name) filter (where b.queue_name is not null),
-         array_agg(b.id) filter (where b.queue_name is not null), min(b.run_at)
-  into v_names, v_held, v_soon
+         array_agg(b.id) filter (where b.queue_name is not null),
+         array_agg(b.id) filter (where b.lane is not null), min(b.run_at)
+  into v_names, v_held, v_limited, v_soon
   from back b;
   perform pgworker.free_queues(v_names, v_held);
+  perform pgworker.free_permits(v_limited);
   if v_soon <= v_now then
     perform nextval('pgworker.epoch');             -- behind the cursors
     perform pgworker.wake();
@@ -105,7 +126,8 @@ end
 $$;
 comment on function pgworker.retry_later(bigint[], text[], timestamptz, jsonb) is
   'Internal: gives failed jobs, whose rows the caller has locked, back for their next attempt: at the time given, or '
-  'exp(least(attempts, 10)) seconds from now or from when they were due, whichever is later.';
+  'by the backoff of their task, else exp(least(attempts, 10)) seconds, from now or from when they were due, whichever is '
+  'later.';
 
 create function pgworker.not_held(p_worker_id bigint, p_job_id bigint) returns void
 language plpgsql immutable parallel safe
@@ -141,6 +163,7 @@ declare
   v_left      bigint[];
   v_names     text[];
   v_queued    bigint[];
+  v_limited   bigint[];
   v_ids       bigint[] := array[]::bigint[];
   v_states    text[];
   v_errors    text[];
@@ -173,13 +196,14 @@ begin
       using ending e
       where j.id = any (array[e.id]) and j.locked_by = finish_jobs.worker_id
         and (e.attempt is null or j.attempts = e.attempt) and j.ends_as is null and j.root_id is null
-      returning j.id, j.queue_name
+      returning j.id, j.queue_name, j.lane
     )
     select coalesce(array_agg(g.id), '{}'), array_agg(g.queue_name) filter (where g.queue_name is not null),
-           array_agg(g.id) filter (where g.queue_name is not null)
-    into v_done, v_names, v_queued
+           array_agg(g.id) filter (where g.queue_name is not null), array_agg(g.id) filter (where g.lane is not null)
+    into v_done, v_names, v_queued, v_limited
     from gone g;
     perform pgworker.free_queues(v_names, v_queued);
+    perform pgworker.free_permits(v_limited);
   end if;
 
   if cardinality(v_done) < cardinality(v_completed) or cardinality(v_failed) > 0 then

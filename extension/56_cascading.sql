@@ -45,8 +45,9 @@ $$;
 comment on function pgworker.announce(bigint[]) is
   'Internal: lets workers know that these jobs, which did not wait in line until now, may be claimed.';
 
-create function pgworker.count_down(p_after boolean, p_ids bigint[], p_slots smallint[], p_held bigint[])
-returns bigint[]
+create function pgworker.count_down(
+  p_after boolean, p_ids bigint[], p_slots smallint[], p_held bigint[], p_counts int[] default null
+) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
@@ -62,15 +63,15 @@ declare
 begin
   if 0 < any (p_slots) then
     with hit as materialized (
-      select u.job_id, u.slot, count(*)::int as n
-      from unnest(p_ids, p_slots) as u(job_id, slot)
+      select u.job_id, u.slot, sum(coalesce(u.n, 1))::int as n
+      from unnest(p_ids, p_slots, p_counts) as u(job_id, slot, n)
       where u.slot > 0
       group by u.job_id, u.slot
       order by u.job_id, u.slot
     ), counted as (
       update pgworker.counter c set pending = c.pending - h.n
       from hit h
-      where c.job_id = any (array[h.job_id]) and c.after = p_after and c.slot = any (array[h.slot])
+      where c.job_id = any (array[h.job_id]) and c.after = p_after and c.slot = h.slot
       returning c.job_id, c.pending
     )
     select array_agg(c.job_id) filter (where c.pending = 0) into v_empty from counted c;
@@ -78,7 +79,7 @@ begin
   if 0 = any (p_slots) or v_empty is not null or cardinality(p_held) > 0 then
     with hit as materialized (
       select t.job_id, sum(t.n)::int as n
-      from (select u.job_id, 1 as n from unnest(p_ids, p_slots) as u(job_id, slot) where u.slot = 0
+      from (select u.job_id, coalesce(u.n, 1) as n from unnest(p_ids, p_slots, p_counts) as u(job_id, slot, n) where u.slot = 0
             union all
             select e.job_id, 1 from unnest(v_empty) as e(job_id)
             union all
@@ -96,9 +97,9 @@ begin
   return v_done;
 end
 $$;
-comment on function pgworker.count_down(boolean, bigint[], smallint[], bigint[]) is
-  'Internal: takes what has ended off the counters of these jobs (one entry per ended job), and returns those that wait '
-  'for nothing any more. p_held: jobs whose total is to be locked as well.';
+comment on function pgworker.count_down(boolean, bigint[], smallint[], bigint[], int[]) is
+  'Internal: takes what has ended off the counters of these jobs (p_counts: how many by each entry, null: one), and '
+  'returns those that wait for nothing any more. p_held: jobs whose total is to be locked as well.';
 
 create function pgworker.release(p_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe

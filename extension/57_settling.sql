@@ -19,7 +19,7 @@
 -- breaks a check constraint and with it the transaction.
 --
 -- Siblings that end one by one in many sessions would all wait for each other's commits on one row. The count of a parent
--- with many children is therefore spread: child i is counted in slot 1 + i mod K (32 children and more; K at most 32), and
+-- with many children is therefore spread over slots (pgworker.slot() says which child is counted where, and why), and
 -- whoever brings a slot to zero takes one off slot 0, which counts the slots.
 --
 -- Locks. Ending jobs lock their own rows first (by id), as everywhere; no counter is locked by then. Then, from the deepest
@@ -262,14 +262,47 @@ comment on function pgworker.settle_ended(pgworker.ended[]) is
 create function pgworker.settle() returns trigger
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  v_ended pgworker.ended[];
+  v_ended   pgworker.ended[];
+  v_parents bigint[];
+  v_slots   smallint[];
+  v_counts  int[];
+  v_all     bigint;
+  v_plain   boolean;
 begin
+  -- Nearly always: leaves of one level that have completed, and nothing follows from that but the count of their parents.
+  -- Of each job no more is looked at than that needs: children then cost little more than jobs that are in no tree.
+  select array_agg(p.parent_id), array_agg(p.slot), array_agg(p.n), sum(p.n),
+         bool_and(p.plain) and max(p.depth) = min(p.depth)
+  into v_parents, v_slots, v_counts, v_all, v_plain
+  from (select g.parent_id, g.slot, g.depth, count(*)::int as n,
+               bool_and(g.slot is not null and not (g.has_children or g.waiting or g.has_followers)) as plain
+        from gone g
+        where g.root_id is not null and not g.settled
+        group by g.parent_id, g.slot, g.depth) as p;
+  if v_all is null then
+    return null;
+  end if;
+  if v_plain
+     and v_all = (select count(*) from pgworker.finished f
+                  where f.id = any (array(select g.id from gone g where g.root_id is not null and not g.settled))
+                    and f.state = 'completed')
+     and not exists (select from unnest(v_parents) as p(id)
+                     where not exists (select from pgworker.job j where j.id = p.id offset 0)) then
+    v_parents := pgworker.count_down(false, v_parents, v_slots, null, v_counts);
+    if v_parents is not null then
+      perform pgworker.release(v_parents);
+    end if;
+    return null;
+  end if;
+
   select array_agg(row(g.id, g.parent_id, g.root_id, g.depth, g.slot, g.has_children or g.waiting,
                        g.has_children and (g.locked_by is null or f.state is distinct from 'completed'),
                        g.has_followers,
@@ -285,9 +318,7 @@ begin
            case when o.state = 'completed' then format('job %s was completed', o.id) else o.last_error end as error
     from pgworker.finished o where o.id = g.id offset 0) as f on true
   where g.root_id is not null and not g.settled;
-  if v_ended is not null then
-    perform pgworker.settle_ended(v_ended);
-  end if;
+  perform pgworker.settle_ended(v_ended);
   return null;
 end
 $$;

@@ -126,6 +126,7 @@ declare
   v_errors text[];
   v_names  text[];
   v_queued bigint[];
+  v_limited bigint[];
 begin
   if p_job_ids is null then
     v_ids := array(select j.id from pgworker.job j where j.locked_by = any (p_worker_ids)
@@ -155,10 +156,17 @@ begin
     update pgworker.job j
     set locked_at = null, locked_by = null, attempts = j.attempts - p_refund::int
     where j.id = any (v_ids) and j.ends_as is null and (p_refund or j.attempts < j.max_attempts)
-    returning j.id, j.queue_name
+    returning j.id, j.queue_name, j.lane
   )
-  select array_agg(b.queue_name), array_agg(b.id) into v_names, v_queued from back b where b.queue_name is not null;
+  select array_agg(b.queue_name) filter (where b.queue_name is not null),
+         array_agg(b.id) filter (where b.queue_name is not null), array_agg(b.id) filter (where b.lane is not null)
+  into v_names, v_queued, v_limited
+  from back b;
   perform pgworker.free_queues(v_names, v_queued);
+  perform pgworker.free_permits(v_limited);
+  if p_refund then
+    perform pgworker.refund_permits(v_limited);
+  end if;
   if v_over is not null then
     perform pgworker.finish(v_over, v_states, v_errors, null);
   end if;
@@ -283,6 +291,7 @@ begin
   if not pg_try_advisory_xact_lock(1886874483, 1) then
     return v_next;
   end if;
+  perform pgworker.rearm_events();
   select coalesce(max(s.value)::interval, interval '5 seconds') into v_grace
   from pgworker.setting s where s.name = 'rescue_grace';
 
@@ -319,6 +328,7 @@ begin
     v_dead := v_dead || v_worker.id;
   end loop;
 
+  perform pgworker.adopt_jobs(v_now);
   if cardinality(v_dead) > 0 then
     perform pgworker.give_back(v_dead, null, false, 'vanished while it ran this job');
     perform pgworker.forget_workers(v_dead);

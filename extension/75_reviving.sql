@@ -18,30 +18,38 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
-  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f
-                                     where f.id = any (p_ids) and f.root_id is not null);
-  v_again bigint[];
+  v_roots  constant bigint[] := array(select distinct f.root_id from pgworker.finished f
+                                      where f.id = any (p_ids) and f.root_id is not null);
+  v_ids    bigint[] := p_ids;
+  v_again  bigint[];
+  v_caused bigint[];
 begin
-  with recursive below as (
-    select f.id, f.root_id from pgworker.finished f where f.id = any (p_ids) and f.root_id is not null
-    union
-    select c.id, b.root_id
-    from below b
-    cross join lateral (select f.id from pgworker.finished f
-                        where f.root_id = b.root_id and f.parent_id = b.id and f.state in ('failed', 'cancelled')) as c
-  )
-  select array_agg(b.id) into v_again from below b;
-  return array(
-    select u.id from unnest(v_again) as u(id)
-    union
-    select f.id from pgworker.finished f where f.root_id = any (v_roots) and f.cause_id = any (v_again)
-    except
-    select u.id from unnest(p_ids) as u(id));
+  loop
+    with recursive below as (
+      select f.id, f.root_id from pgworker.finished f where f.id = any (v_ids) and f.root_id is not null
+      union
+      select c.id, b.root_id
+      from below b
+      cross join lateral (select f.id from pgworker.finished f
+                          where f.root_id = b.root_id and f.parent_id = b.id and f.state in ('failed', 'cancelled')) as c
+    )
+    select coalesce(array_agg(b.id), '{}') into v_again from below b;
+    v_caused := array(select f.id from pgworker.finished f
+                      where f.root_id = any (v_roots) and f.cause_id = any (v_again) and f.state in ('failed', 'cancelled'));
+    -- A parent that is live again must not start while another of its children has failed: two may have, at once.
+    v_ids := array(select c.id from pgworker.finished c
+                   where c.root_id = any (v_roots) and (c.parent_id in (select u.id from unnest(v_caused) as u(id))) is true
+                     and c.state in ('failed', 'cancelled') and coalesce(c.on_failure, 'fail-parent') = 'fail-parent'
+                     and c.id not in (select u.id from unnest(v_again || v_caused) as u(id)));
+    exit when cardinality(v_ids) = 0;
+    v_ids := v_again || v_ids;
+  end loop;
+  return array(select u.id from unnest(v_again || v_caused) as u(id) except select u.id from unnest(p_ids) as u(id));
 end
 $$;
 comment on function pgworker.consequences(bigint[]) is
-  'Internal: what else is to run again when these finished jobs do: whatever failed or was cancelled below them, and '
-  'whatever did so anywhere in the tree because of any of these.';
+  'Internal: what else is to run again when these finished jobs do: whatever failed or was cancelled below them, whatever '
+  'did so anywhere in the tree because of any of these, and what else would have made the parents among these fail.';
 
 create function pgworker.lock_below(p_pending bigint[], p_finished bigint[]) returns bigint[]
 language plpgsql volatile parallel unsafe
@@ -224,14 +232,16 @@ begin
   for v_keeps in select k.keeps from unnest(array[true, false]) with ordinality as k(keeps, n) order by k.n loop
     insert into pgworker.job (id, run_at, created_at, parent_id, root_id, depth, revision, priority, attempts,
                               max_attempts, waiting, has_children, has_followers, task_identifier, payload, queue_name,
-                              key, flags, last_error, progress, name, on_failure)
+                              key, flags, last_error, progress, name, on_failure, limit_key, unique_until, lane)
     select f.id, case when a.id is not null then coalesce(p_run_at, f.run_at) else f.run_at end, f.created_at, f.parent_id,
            f.root_id, f.depth, f.revision, case when a.id is not null then coalesce(p_priority, f.priority) else f.priority end,
            case when a.id is not null then coalesce(p_attempts, f.attempts) else 0 end,
            case when a.id is not null then coalesce(p_max_attempts, f.max_attempts) else f.max_attempts end,
            f.root_id is not null, f.has_children, f.has_followers, f.task_identifier, f.payload, f.queue_name,
            case when v_keeps then f.key end, f.flags, case when f.cause_id is null then f.last_error end, f.progress,
-           f.name, f.on_failure
+           f.name, f.on_failure, f.limit_key, case when v_keeps then f.unique_until end,
+           (select pgworker.lane(t.keyed, f.limit_key, f.queue_name) from pgworker.task t
+            where t.identifier = f.task_identifier and t.limited)
     from pgworker.finished f
     left join unnest(v_asked) as a(id) on a.id = f.id
     where f.id = any (v_ids) and (v_keeps or not exists (select from pgworker.job j where j.id = f.id offset 0))
@@ -265,5 +275,6 @@ end
 $$;
 comment on function pgworker.retry_jobs(bigint[]) is
   'Failed and cancelled jobs run again, now and with fresh attempts; a key that a live job has taken meanwhile stays with '
-  'that one. In a tree, so does what failed or was cancelled below them; ancestors that failed because of them, and '
-  'siblings that were cancelled with these, are live again; what completed stays completed. Returns all of these.';
+  'that one. In a tree, so does what failed or was cancelled below them; ancestors that failed because of them, siblings '
+  'that were cancelled with these, and other children that made those ancestors fail, are live again; what completed '
+  'stays completed. Returns all of these.';

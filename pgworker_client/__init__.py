@@ -13,9 +13,12 @@ from pgworker_client.administration import (
 from pgworker_client.context import BlockingContext, Context
 from pgworker_client.enqueue import JobOptions, JobSpec, add_job, add_jobs, remove_job
 from pgworker_client.errors import JobLost, NotInstalled, PgworkerError, WorkerFailed
+from pgworker_client.events import StateChange, Subscription, subscribe
+from pgworker_client.hooks import JobEvent, WorkerEvent
 from pgworker_client.job import Job, JobRow
 from pgworker_client.node import Node
 from pgworker_client.outcome import Cancel, Fail, Retry, WaitsForChildren
+from pgworker_client.task_settings import TaskOptions, TaskRow, configure_task
 from pgworker_client.trees import (
     TreeRow,
     add_job_tree,
@@ -33,6 +36,7 @@ __all__ = [
     "Context",
     "Fail",
     "Job",
+    "JobEvent",
     "JobLost",
     "JobOptions",
     "JobRow",
@@ -41,9 +45,14 @@ __all__ = [
     "NotInstalled",
     "PgworkerError",
     "Retry",
+    "StateChange",
+    "Subscription",
+    "TaskOptions",
+    "TaskRow",
     "TreeRow",
     "WaitsForChildren",
     "Worker",
+    "WorkerEvent",
     "WorkerFailed",
     "add_job",
     "add_job_tree",
@@ -51,6 +60,7 @@ __all__ = [
     "cancel_jobs",
     "children",
     "complete_jobs",
+    "configure_task",
     "get_children_values",
     "get_failed_children_values",
     "job_tree",
@@ -58,5 +68,6 @@ __all__ = [
     "remove_job",
     "reschedule_jobs",
     "retry_jobs",
+    "subscribe",
     "tree_progress",
 ]

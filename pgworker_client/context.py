@@ -15,6 +15,7 @@ from pgworker_client.connection import Link
 from pgworker_client.enqueue import JobOptions, add_job
 from pgworker_client.errors import NOT_HELD, JobLost, LinkDown
 from pgworker_client.handler_connections import AsyncConnection, HandlerConnections, SyncConnection
+from pgworker_client.hooks import Hooks
 from pgworker_client.job import ATTEMPTS, ID, PROGRESS, TASK, Job, JobRow, Row, decode, to_json
 from pgworker_client.logs import Log
 from pgworker_client.node import NodeLike
@@ -40,6 +41,8 @@ class Surroundings:
     link: Link
     connections: HandlerConnections
     loop: asyncio.AbstractEventLoop
+    #: None: nobody wants to know.
+    hooks: Hooks | None = None
 
 
 class Context:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from pgworker_client.claiming import Claimer, prepare_claims
@@ -13,7 +14,9 @@ from pgworker_client.errors import WorkerFailed, one_line
 from pgworker_client.feed import Feed
 from pgworker_client.finishing import Finisher
 from pgworker_client.handler_connections import HandlerConnections
+from pgworker_client.hooks import HookList, Hooks
 from pgworker_client.logs import Log
+from pgworker_client.middleware import Middleware, compose
 from pgworker_client.presence import Presence
 from pgworker_client.running import Runner
 from pgworker_client.settings import Settings
@@ -29,7 +32,15 @@ class Engine:
     Three connections: one claims, one reports, one is present and listens, so that none of them waits for another.
     """
 
-    def __init__(self, settings: Settings, tasks: dict[str, Task], state: Any, logger: logging.Logger) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        tasks: dict[str, Task],
+        state: Any,
+        logger: logging.Logger,
+        hooks: HookList,
+        middleware: Sequence[Middleware],
+    ) -> None:
         self._settings = settings
         loop = asyncio.get_running_loop()
         name = settings.worker_name()
@@ -40,10 +51,12 @@ class Engine:
         self._claim_link = Link("claim", conninfo, log, pooled=pooled, setup=lambda c: prepare_claims(c, pooled=pooled))
         self._finish_link = Link("finish", conninfo, log, pooled=pooled)
         self._connections = HandlerConnections(conninfo, settings.concurrency, pooled=pooled)
-        around = Surroundings(state, log, self._finish_link, self._connections, loop)
-        self._finisher = Finisher(self._finish_link, log, self._flushed)
+        self._hooks = Hooks(hooks, state, name, log) if hooks.by_event else None
+        around = Surroundings(state, log, self._finish_link, self._connections, loop, self._hooks)
+        self._finisher = Finisher(self._finish_link, log, self._hooks, self._flushed)
         self._feed = Feed(loop, self._room)
-        self._runners = [Runner(self._feed, tasks, self._finisher, around) for _ in range(settings.concurrency)]
+        wrap = compose(middleware)
+        self._runners = [Runner(self._feed, tasks, self._finisher, around, wrap) for _ in range(settings.concurrency)]
         self._claimer = Claimer(settings, self._claim_link, self._feed, self._finisher, log, tasks, self._running)
         self._presence = Presence(
             settings,
@@ -76,6 +89,8 @@ class Engine:
             for link in (self._presence.link, self._claim_link, self._finish_link):
                 await link.close()
             await self._connections.close()
+            if self._hooks is not None:
+                await self._hooks.close(_LAST_WAIT)
 
     async def _start(self) -> bool:
         """Connect; false if a stop came meanwhile."""
@@ -111,6 +126,8 @@ class Engine:
             parts.add(runner.task)
         stop = tasks(self._stopping.wait(), name="stop")
         self._log.info("worker started, concurrency %d", self._settings.concurrency)
+        if self._hooks is not None:
+            self._hooks.worker("worker_started")
         cancelled: asyncio.CancelledError | None = None
         try:
             await asyncio.wait({*parts, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -129,6 +146,8 @@ class Engine:
         await self._presence.leave()
         dead = dead or _dead(parts)
         self._log.info("worker stopped")
+        if self._hooks is not None:
+            self._hooks.worker("worker_stopped")
         if cancelled is not None:
             raise cancelled
         if dead is not None:

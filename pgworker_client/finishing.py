@@ -10,9 +10,15 @@ import psycopg
 
 from pgworker_client.connection import Link
 from pgworker_client.errors import NOT_HELD, LinkDown, one_line
+from pgworker_client.hooks import Hooks, JobEventName
 from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PARENT, QUEUE, TASK
 from pgworker_client.logs import Log
-from pgworker_client.reports import Finish, Outbox, Released, Report
+from pgworker_client.reports import Cancelled, Finish, Outbox, Released, Report, Special
+
+#: What hooks are told of an outcome; any other is the state of a job that is to run again.
+_EVENTS: dict[str, JobEventName] = {
+    "completed": "completed", "failed": "failed", "cancelled": "cancelled", "lost": "lost",
+}  # fmt: skip
 
 
 class Finisher:
@@ -22,9 +28,10 @@ class Finisher:
     so that it counts once at most.
     """
 
-    def __init__(self, link: Link, log: Log, on_flushed: Callable[[bool], None]) -> None:
+    def __init__(self, link: Link, log: Log, hooks: Hooks | None, on_flushed: Callable[[bool], None]) -> None:
         self._link = link
         self._log = log
+        self._hooks = hooks
         self._on_flushed = on_flushed
         self.outbox = Outbox(0)
         #: Whether the loop sleeps and must be woken; runners look at it after every job.
@@ -104,7 +111,7 @@ class Finisher:
             return False
         self._under_way.popleft()
         outcomes = {row[0]: row[1] for row in rows if row[0] is not None}
-        if outcomes:
+        if outcomes or self._hooks is not None:
             self._tell(report, outcomes, again)
         return not isinstance(report, Finish) or bool(outcomes) or _frees_others(report)
 
@@ -125,6 +132,8 @@ class Finisher:
         self._under_way.appendleft((worker_id, instead, again))
 
     def _tell(self, report: Report, outcomes: dict[int, str], again: bool) -> None:
+        if self._hooks is not None and not isinstance(report, Released):
+            self._tell_hooks(self._hooks, report, outcomes)
         for row in report.rows():
             outcome = outcomes.get(row[ID])
             if outcome is None or isinstance(report, Released):
@@ -138,6 +147,14 @@ class Finisher:
                 log.error("job %s failed for good after attempt %s of %s", row[ID], row[ATTEMPTS], row[MAX_ATTEMPTS])
             elif outcome == "cancelled":
                 log.info("job %s was cancelled", row[ID])
+
+    @staticmethod
+    def _tell_hooks(hooks: Hooks, report: Finish | Special | Cancelled, outcomes: dict[int, str]) -> None:
+        """Whatever is not in ``outcomes`` has completed."""
+        errors = report.errors_by_id()
+        for row in report.rows():
+            event = _EVENTS.get(outcomes.get(row[ID], "completed"), "retried")
+            hooks.job(event, row, None if event == "completed" else errors.get(row[ID]))
 
 
 def _frees_others(report: Finish) -> bool:

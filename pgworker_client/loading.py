@@ -65,9 +65,10 @@ def load_directory(directory: Path) -> dict[str, Handler]:
         if handler is None:
             raise LoadError(f"{file} has no function handle(payload, ctx); a file that is no task begins with _")
         try:
-            handlers[file.stem] = make_task(file.stem, handler).handler
+            make_task(file.stem, handler)  # for what it says of a handler that cannot work
         except (TypeError, ValueError) as exc:
             raise LoadError(f"{file}: {exc}") from exc
+        handlers[file.stem] = handler
     return handlers
 
 

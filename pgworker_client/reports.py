@@ -56,6 +56,9 @@ class Finish:
     def rows(self) -> list[Row]:
         return self.done + self.failed
 
+    def errors_by_id(self) -> dict[int, str | None]:
+        return {row[ID]: text for row, text in zip(self.failed, self.errors, strict=True)}
+
     def halves(self) -> tuple[Finish, Finish]:
         if self.done and self.failed:
             return Finish(self.done, self.results, [], []), Finish([], None, self.failed, self.errors)
@@ -114,6 +117,9 @@ class Special:
     def rows(self) -> list[Row]:
         return [entry.row for entry in self.entries]
 
+    def errors_by_id(self) -> dict[int, str | None]:
+        return {entry.row[ID]: entry.error for entry in self.entries}
+
     def halves(self) -> tuple[Special, Special]:
         half = len(self.entries) // 2
         return Special(self.entries[:half]), Special(self.entries[half:])
@@ -145,6 +151,9 @@ class Cancelled:
 
     def rows(self) -> list[Row]:
         return [row for row, _ in self.entries]
+
+    def errors_by_id(self) -> dict[int, str | None]:
+        return {row[ID]: reason for row, reason in self.entries}
 
     def halves(self) -> tuple[Cancelled, Cancelled]:
         half = len(self.entries) // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -13,7 +14,9 @@ from pgworker_client.context import WAITING, BlockingContext, Context, Surroundi
 from pgworker_client.errors import JobLost
 from pgworker_client.feed import Feed
 from pgworker_client.finishing import Finisher
-from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PAYLOAD, TASK, Row, decode, end_of_value, to_json
+from pgworker_client.hooks import JobEventName
+from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PAYLOAD, TASK, TIMEOUT, Row, decode, end_of_value, to_json
+from pgworker_client.middleware import Around
 from pgworker_client.outcome import (
     Cancel,
     Fail,
@@ -39,11 +42,14 @@ class Runner:
     rest of its way through the worker. Sync handlers run in the runner's thread, which is made when first needed.
     """
 
-    def __init__(self, feed: Feed, tasks: dict[str, Task], finisher: Finisher, around: Surroundings) -> None:
+    def __init__(
+        self, feed: Feed, tasks: dict[str, Task], finisher: Finisher, around: Surroundings, middleware: Around | None
+    ) -> None:
         self._feed = feed
         self._tasks = tasks
         self._finisher = finisher
         self._around = around
+        self._middleware = middleware
         self._thread: HandlerThread | None = None
         self._blocking: BlockingContext | None = None
         self._abandoned = False
@@ -102,6 +108,8 @@ class Runner:
         # The hot path. Up to 50,000 times a second, so: no task, future, lock, date or log record for a job.
         feed, finisher, tasks, around = self._feed, self._finisher, self._tasks, self._around
         jobs = feed.jobs
+        bare = self._middleware is None
+        on_start = around.hooks if around.hooks is not None and around.hooks.wants("started") else None
         while jobs:
             row = jobs.popleft()
             feed.started += 1
@@ -114,12 +122,12 @@ class Runner:
                 task = tasks[row[TASK]]
                 text = row[PAYLOAD]
                 payload = {} if text == "{}" else decode(text)
-                if not task.is_async:
-                    result = await self._in_thread(task, payload, ctx)
-                elif task.timeout is None:
+                if on_start is not None:
+                    on_start.job("started", row)
+                if bare and task.is_async and task.timeout is None and row[TIMEOUT] is None:
                     result = await task.handler(payload, ctx)
                 else:
-                    result = await self._limited(task, payload, ctx)
+                    result = await self._call(task, payload, ctx)
             except BaseException as exc:
                 self.current = None
                 self._raised(row, ctx, outbox, exc)
@@ -139,8 +147,26 @@ class Runner:
                 await feed.give_way()
         self._row = None
 
+    async def _call(self, task: Task, payload: Any, ctx: Context) -> Any:
+        """Call the handler with everything that is around it."""
+        how = (
+            self._in_thread
+            if not task.is_async
+            else self._alone
+            if _longest(task, self._row) is None
+            else self._limited
+        )
+        if self._middleware is None:
+            return await how(task, payload, ctx)
+        return await self._middleware(ctx, partial(how, task, payload, ctx))
+
+    @staticmethod
+    async def _alone(task: Task, payload: Any, ctx: Context) -> Any:
+        return await task.handler(payload, ctx)
+
     async def _limited(self, task: Task, payload: Any, ctx: Context) -> Any:
-        limit = asyncio.timeout(task.timeout)
+        longest = _longest(task, self._row)
+        limit = asyncio.timeout(longest)
         try:
             async with limit:
                 return await task.handler(payload, ctx)
@@ -149,7 +175,7 @@ class Runner:
                 raise
             if ctx.fate is None:
                 ctx.stop("timeout")
-            raise TimedOut(f"timed out after {task.timeout:g} s") from None
+            raise TimedOut(f"timed out after {longest:g} s") from None
 
     async def _in_thread(self, task: Task, payload: Any, ctx: Context) -> Any:
         if self._thread is None:
@@ -157,7 +183,8 @@ class Runner:
         thread, blocking = self._thread, BlockingContext(ctx, self._around)
         future = thread.call(task.handler, payload, blocking)
         self._blocking = blocking
-        limit = asyncio.timeout(task.timeout)
+        longest = _longest(task, self._row)
+        limit = asyncio.timeout(longest)
         try:
             async with limit:
                 result = await future
@@ -171,8 +198,8 @@ class Runner:
                 raise
             if ctx.fate is None:
                 blocking.stop("timeout")
-            ctx.logger.warning("timed out after %g s; its thread is left behind", task.timeout)
-            raise TimedOut(f"timed out after {task.timeout:g} s") from None
+            ctx.logger.warning("timed out after %g s; its thread is left behind", longest)
+            raise TimedOut(f"timed out after {longest:g} s") from None
         finally:
             self._blocking = None
         return await result if inspect.isawaitable(result) else result
@@ -180,8 +207,10 @@ class Runner:
     def _returned(self, row: Row, ctx: Context, outbox: Outbox, result: Any) -> None:
         self._uncancel(ctx)
         if ctx.ended:
+            self._tell("completed", row)
             return
         if ctx.fate == WAITING:
+            self._tell("waiting", row)
             ctx.logger.error(
                 "the handler did not let WaitsForChildren pass; the job waits for its children, what this run returned "
                 "is dropped"
@@ -191,6 +220,7 @@ class Runner:
             # Stopped: whether it returned because it was told to stop or because it was done cannot be known, and
             # running a job twice is allowed, losing it is not. Lost: the attempt tells the database whether it is.
             outbox.release([row])
+            self._tell("lost" if ctx.fate == "lost" else "released", row)
             return
         try:
             if isinstance(result, list) and row[PAYLOAD][0] == "[" and self._partly(row, ctx, outbox, result):
@@ -224,14 +254,17 @@ class Runner:
             raise exc  # the event loop itself is ending
         self._uncancel(ctx)
         if ctx.ended:
+            self._tell("completed", row)
             if not isinstance(exc, asyncio.CancelledError):
                 ctx.logger.error("raised after its transaction had completed the job; it stays completed", exc_info=exc)
         elif ctx.fate == WAITING:
+            self._tell("waiting", row)
             if not isinstance(exc, (WaitsForChildren, asyncio.CancelledError)):
                 ctx.logger.error("raised after its job had begun to wait for children; it waits on", exc_info=exc)
         elif ctx.fate == "lost" or isinstance(exc, JobLost):
             ctx.logger.warning("the job was lost while it ran; its outcome is dropped")
             outbox.release([row])
+            self._tell("lost", row)
         elif isinstance(exc, Cancel):
             outbox.cancel(row, exc.reason)
         elif isinstance(exc, (Retry, Fail)):
@@ -239,6 +272,7 @@ class Runner:
             outbox.fail(row, exc, reason_text(exc))
         elif ctx.fate == "stop":
             outbox.release([row])
+            self._tell("released", row)
         elif ctx.fate == "cancel":
             outbox.cancel(row, None)
         elif row[TASK] not in self._tasks:  # the database was asked for our tasks only
@@ -256,10 +290,20 @@ class Runner:
         )
         outbox.fail(row, exc, text)
 
+    def _tell(self, event: JobEventName, row: Row) -> None:
+        """Tell the hooks how a run ended of which the database has nothing to say."""
+        if self._around.hooks is not None:
+            self._around.hooks.job(event, row)
+
     def _uncancel(self, ctx: Context) -> None:
         while ctx.cancels and self.task is not None:
             ctx.cancels -= 1
             self.task.uncancel()
+
+
+def _longest(task: Task, row: Row | None) -> float | None:
+    """How many seconds a run may take: as its handler says, else as the task's settings in the database do."""
+    return task.timeout if task.timeout is not None or row is None else row[TIMEOUT]
 
 
 def _outside(frames: TracebackType | None) -> TracebackType | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
+from pgworker_client.payloads import typed
 from pgworker_client.settings import seconds
 
 Handler = Callable[[Any, Any], Any]
@@ -16,7 +17,7 @@ H = TypeVar("H", bound=Handler)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """A handler under its identifier; ``timeout`` in seconds, None for no limit."""
+    """A handler, which takes the decoded payload, under its identifier; ``timeout`` in seconds, None for no limit."""
 
     identifier: str
     handler: Handler
@@ -39,7 +40,12 @@ def make_task(identifier: str, handler: Handler, timeout: float | timedelta | No
     except ValueError:  # builtins without a signature; the call will tell
         pass
     limit = None if timeout is None else seconds(f"timeout of task {identifier!r}", timeout, least=0.001)
-    return Task(identifier, handler, limit, _is_async(handler))
+    is_async = _is_async(handler)
+    try:
+        fitted = typed(handler, is_async=is_async)
+    except TypeError as exc:
+        raise TypeError(f"task {identifier!r}: {exc}") from exc
+    return Task(identifier, fitted, limit, is_async)
 
 
 class Tasks:

@@ -9,12 +9,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from pgworker_client.engine import Engine
+from pgworker_client.hooks import Hook, HookList, JobEventName, WorkerEventName
 from pgworker_client.logs import LOGGER
+from pgworker_client.middleware import M, Middleware, check_middleware
 from pgworker_client.settings import Settings, seconds
 from pgworker_client.tasks import H, Handler, Tasks
+
+K = TypeVar("K", bound=Hook)
 
 
 class Worker:
@@ -65,6 +69,8 @@ class Worker:
         self.state = state
         self.tasks = Tasks(tasks)
         self._logger = logger or logging.getLogger(LOGGER)
+        self._hooks = HookList()
+        self._middleware: list[Middleware] = []
         self._running: tuple[asyncio.AbstractEventLoop, Engine] | None = None
 
     @overload
@@ -82,6 +88,29 @@ class Worker:
         given; ``timeout`` (seconds or a timedelta) limits each attempt. ValueError for an identifier that is taken.
         """
         return self.tasks.task(given, timeout=timeout)
+
+    def on(self, *events: JobEventName | WorkerEventName) -> Callable[[K], K]:
+        """Have a function ``(event)``, async or not, called at these events: ``@worker.on("failed", "lost")``.
+
+        It gets a `JobEvent`, or at ``worker_started`` and ``worker_stopped`` a `WorkerEvent`. ValueError for any other
+        name.
+        """
+
+        def decorate(hook: K) -> K:
+            self._hooks.add(events, hook)
+            return hook
+
+        return decorate
+
+    def middleware(self, middleware: M) -> M:
+        """Put an async function ``(ctx, call_next)`` around every handler, inside those registered before it.
+
+        ``await call_next()`` goes on to the handler and gives what it returned; what the middleware returns is taken
+        for that, what it raises for what the handler raised.
+        """
+        check_middleware(middleware)
+        self._middleware.append(middleware)
+        return middleware
 
     def run(self, *, once: bool = False) -> None:
         """Work until stopped, or with ``once`` until nothing is due any more.
@@ -106,7 +135,7 @@ class Worker:
             raise ValueError("this worker has no tasks: add one with @worker.task, or give tasks={name: handler}")
         if self._running is not None:
             raise RuntimeError("this worker is running already")
-        engine = Engine(self.settings, self.tasks.by_name, self.state, self._logger)
+        engine = Engine(self.settings, self.tasks.by_name, self.state, self._logger, self._hooks, self._middleware)
         self._running = asyncio.get_running_loop(), engine
         try:
             await engine.run(once=once)

@@ -98,10 +98,11 @@ def contents(conn: Conn) -> dict[str, list[str]]:
         conn,
         "select relname from pg_class where relnamespace = 'pgworker'::regnamespace and relkind = 'r' order by relname",
     )
-    return {
-        name: values(conn, f"select t::text from pgworker.{name} t order by 1")  # the catalog's own names
-        for name in tables
-    }
+    each = (f"select '{name}', t::text from pgworker.{name} t" for name in tables)  # the catalog's own names
+    found: dict[str, list[str]] = {name: [] for name in tables}
+    for name, text in sorted(conn.execute(" union all ".join(each).encode()).fetchall()):
+        found[name].append(text)
+    return found
 
 
 @contextmanager

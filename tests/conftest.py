@@ -1,14 +1,16 @@
-"""The server that the tests run on, and a database of its own for each test that wants one.
+"""The server that the tests of one process run on, and a database of its own for each test that wants one.
 
-One PostgreSQL per run: ``--pg 15`` (any major that is here), ``--pg newest``; by default ``PG_CONFIG``'s, else an
-installed one, else an embedded one.
+One version of PostgreSQL per run: ``--pg 15`` (any major that is here), ``--pg newest``; by default ``PG_CONFIG``'s,
+else an installed one, else an embedded one.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from pytest_postgresql import factories
 from pgworker_client import schema
 from pgworker_client.embedded import EmbeddedServer
 from pgworker_client.installations import Installation, NoPostgresError, find_installation
+from tests import distribution
 from tests.connections import Connections
 from tests.coverage_plpgsql import PlpgsqlCoverage
 
@@ -34,6 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What pytest makes of the tests and of Hypothesis takes seconds, and is kept even where PYTHONDONTWRITEBYTECODE
+    # wants no bytecode beside the sources.
+    if sys.dont_write_bytecode:
+        sys.dont_write_bytecode, sys.pycache_prefix = False, str(config.rootpath / ".venv/bytecode")
     for name in list(os.environ):  # libpq's variables, which would lead the tests to another server
         if (name.startswith("PG") and not name.startswith(("PG_", "PGWORKER_"))) or name == "DATABASE_URL":
             del os.environ[name]
@@ -46,6 +53,31 @@ def pytest_configure(config: pytest.Config) -> None:
     except (NoPostgresError, ValueError) as error:
         raise pytest.UsageError(f"--pg: {error}") from error
     config.stash[_COVERAGE] = PlpgsqlCoverage()
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return distribution.processes(config)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the groups are looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    distribution.keep_apart(items, config.rootpath)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    return distribution.sendable((yield))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several processes
+        coverage = session.config.stash[_COVERAGE]
+        output["plpgsql"] = [coverage.available, coverage.counts()]
+
+
+def pytest_testnodedown(node: Any) -> None:
+    if (output := getattr(node, "workeroutput", None)) is not None:  # it has not crashed
+        node.config.stash[_COVERAGE].merge(*output["plpgsql"])
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -101,16 +133,38 @@ def _install(*, host: str, port: int, user: str, dbname: str, **_: Any) -> None:
 
 
 _template = factories.postgresql_noproc(depends_on="_pg_server", dbname="pgworker_test", load=[_install])
-_client = factories.postgresql("_template")
+
+
+@pytest.fixture(scope="session")
+def _databases(
+    server: EmbeddedServer, _template: SimpleNamespace, pytestconfig: pytest.Config
+) -> Iterator[Callable[[str], AbstractContextManager[str]]]:
+    """Make a database with pgworker in it for as long as a ``with`` block lasts, which gets its connection string."""
+    coverage = pytestconfig.stash[_COVERAGE]
+    coverage.prepare(server.dsn(_template.template_dbname))
+    # To copy files is nearly twice as fast as to write every page of them to the log as well.
+    how = "strategy file_copy" if server.installation.major >= 15 else ""
+
+    # One connection makes and drops them all: to connect takes longer than to copy.
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
+
+        @contextmanager
+        def database(name: str) -> Iterator[str]:
+            admin.execute(f"create database {name} template {_template.template_dbname} {how}".encode())
+            try:
+                yield server.dsn(name)
+                coverage.collect(server.dsn(name))
+            finally:
+                admin.execute(f"drop database {name} with (force)".encode())
+
+        yield database
 
 
 @pytest.fixture
-def dsn(server: EmbeddedServer, _client: psycopg.Connection[Any], pytestconfig: pytest.Config) -> Iterator[str]:
+def dsn(_databases: Callable[[str], AbstractContextManager[str]]) -> Iterator[str]:
     """The connection string of a fresh database that has pgworker in it, dropped after the test."""
-    string = server.dsn(_client.info.dbname)
-    yield string
-    _client.close()
-    pytestconfig.stash[_COVERAGE].collect(string)
+    with _databases("pgworker_test") as string:
+        yield string
 
 
 @pytest.fixture
@@ -163,16 +217,9 @@ def make_database(server: EmbeddedServer) -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture(scope="session")
-def _shared(
-    server: EmbeddedServer, _template: SimpleNamespace, pytestconfig: pytest.Config
-) -> Iterator[psycopg.Connection[Any]]:
-    name = "pgworker_shared"
-    with psycopg.connect(server.dsn(), autocommit=True) as conn:
-        conn.execute(f"create database {name} template {_template.template_dbname}")
-        with psycopg.connect(server.dsn(name)) as shared:
-            yield shared
-        pytestconfig.stash[_COVERAGE].collect(server.dsn(name))
-        conn.execute(f"drop database {name} with (force)")
+def _shared(_databases: Callable[[str], AbstractContextManager[str]]) -> Iterator[psycopg.Connection[Any]]:
+    with _databases("pgworker_shared") as string, psycopg.connect(string) as conn:
+        yield conn
 
 
 @pytest.fixture

@@ -51,12 +51,10 @@ def security_definer(statements: list[Statement], allowed: Allowances) -> Iterat
 
 def qualified(statements: list[Statement], _: Allowances) -> Iterator[Finding]:
     """A relation is named with its schema; a transition table has none."""
-    transitions = {
-        named.name
-        for statement in statements
-        if isinstance(statement.node, ast.CreateTrigStmt)
-        for named in statement.node.transitionRels or ()
-    }
+    triggers: list[Any] = [statement.node for statement in statements if isinstance(statement.node, ast.CreateTrigStmt)]
+    for _path, _line, _function, tree in _trees(statements):  # a function may make one
+        triggers += find_all(tree, ast.CreateTrigStmt)
+    transitions = {named.name for trigger in triggers for named in trigger.transitionRels or ()}
     for path, line, name, tree in _trees(statements):
         local = {cte.ctename for cte in find_all(tree, ast.CommonTableExpr)} | transitions
         locked = {id(one) for clause in find_all(tree, ast.LockingClause) for one in clause.lockedRels or ()}

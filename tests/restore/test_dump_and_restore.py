@@ -15,6 +15,7 @@ import pytest
 from pgworker_client.embedded import EmbeddedServer
 from tests.calling import Conn, add, call, claim_ids, contents, register, rows, value
 from tests.clock import move_clock
+from tests.events.witness import Witness
 from tests.invariants import assert_all_claimable, assert_consistent
 from tests.lifecycle import STATES, job_in
 from tests.restore.dumping import FORMATS, drop, dump, restore
@@ -76,6 +77,9 @@ def _populate(conn: Conn) -> dict[str, int]:
     call(conn, "complete_jobs", [known["completed by hand"]])
     call(conn, "pause_queue", "paused")
     call(conn, "pause_task", "paused")
+    call(conn, "configure_task", "limited", max_concurrency=1, backoff='["1 minute"]', fair=True)
+    known["limited, running"], known["limited"] = (add(conn, "limited", limit_key=key)["id"] for key in "ab")
+    assert claim_ids(conn, session, 5, tasks=["limited"]) == [known["limited, running"]]
     tree = {
         "identifier": "tree", "children": [
             {"identifier": "first", "name": "first", "priority": -20}, {"identifier": "behind", "after": ["first"]},
@@ -103,9 +107,15 @@ def test_a_restored_database_is_the_dumped_one_and_goes_on(db: Conn, restored: R
     assert rows(copy, every_job) == rows(db, every_job)
     assert_consistent(copy)
 
+    # Limits still count what ran.
+    assert rows(copy, "select * from pgworker.tasks order by 1") == rows(db, "select * from pgworker.tasks order by 1")
+    asking = register(copy)
+    assert claim_ids(copy, asking, 5, tasks=["limited"]) == []
+    call(copy, "unregister_worker", asking)
+
     # Ids go on, for jobs and for workers, and the counters of turns and epochs too.
     assert add(copy)["id"] == known["never given out"] + 1
-    assert register(copy) == value(db, "select max(id) from pgworker.worker") + 1
+    assert register(copy) == value(db, "select max(id) from pgworker.worker") + 2  # one came above
     assert add(copy, job_key="key\tready\\N")["id"] == known["ready, full"]  # the unique index is there
 
     # The workers of the other database are not there: their jobs come back, except those that may not.
@@ -198,4 +208,23 @@ def test_a_restored_extension_can_be_dropped_and_leaves_nothing(
     _populate(db)
     copy = restored("custom")
     copy.execute("drop extension pgworker")
+    assert value(copy, "select to_regnamespace('pgworker') is null")
+
+
+@pytest.mark.parametrize("kind", ["inserts", "directory"])
+def test_events_are_published_again_after_a_restore(
+    server: EmbeddedServer, db: Conn, restored: Restored, kind: str
+) -> None:
+    add(db)
+    value(db, "select pgworker.publish_events(true)")
+    copy = restored(kind)
+    call(copy, "maintain")
+    with psycopg.connect(copy.info.dsn, autocommit=True) as listener:
+        witness = Witness(listener)
+        job = add(copy)["id"]
+        assert witness.heard(copy) == [(job, None, "ready")]
+    if server.has_extension:
+        copy.execute("drop extension pgworker")
+    else:
+        copy.execute("drop schema pgworker cascade")
     assert value(copy, "select to_regnamespace('pgworker') is null")

@@ -57,6 +57,21 @@ def test_retrying_a_failed_parent_runs_what_failed_or_was_cancelled_below_it(tx:
         complete(tx, ids[name])
 
 
+def test_a_parent_that_two_children_failed_at_once_does_not_start_after_one_of_them_was_retried(tx: Conn) -> None:
+    below = node("b", node("under"), node("spare", on_failure="ignore"))
+    ids = plant(tx, node("root", node("mid", node("a"), below, node("c", on_failure="ignore"))))
+    for name in ("c", "spare"):
+        fail(tx, ids[name])
+    call(tx, "permanently_fail_jobs", [ids["a"], ids["b"]])
+    assert set(states(tx, ids).values()) == {"failed", "cancelled"}
+    again = sorted(ids[name] for name in ("root", "mid", "a", "b", "under", "spare"))
+    assert retry(tx, ids["a"]) == again
+    assert only(states(tx, ids), "a", "b", "c", "mid") == ["ready", "waiting", "failed", "waiting"]
+    for name in ("a", "spare", "under", "b", "mid", "root"):
+        complete(tx, ids[name])
+    assert stored(tx)[2:] == [0, 0, 0]
+
+
 def test_a_retried_child_that_fails_once_more_fails_its_parent_once_more(tx: Conn) -> None:
     ids = plant(tx, node("root", node("mid", node("leaf")), node("beside")))
     for error in ("first", "second", "third"):

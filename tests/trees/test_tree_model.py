@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tests.calling import Conn, Row, call, claim_ids, register, rows, value
 from tests.invariants import violations
-from tests.trees.tree_model import Node, Trees
+from tests.trees.forest import Node
+from tests.trees.tree_model import Trees
 
 EXAMPLES = int(os.environ.get("PGWORKER_MODEL_EXAMPLES", "0"))
 

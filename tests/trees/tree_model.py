@@ -1,52 +1,11 @@
 """What a tree of jobs is meant to do, in 80 lines without counters or locks: who waits looks who is live."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
-Stop = tuple[str, int | None, int | None]  # how a job ended, because of which other one, and whom its error names
-
-
-@dataclass
-class Node:
-    id: int
-    parent: int | None
-    depth: int
-    policy: str
-    most: int  # attempts
-    after: set[int] = field(default_factory=set)
-    ended: Stop = ("live", None, None)
-    stop: Stop | None = None  # how it is to end
-    holder: int | None = None
-    attempts: int = 0
-    waits: bool = True  # for its children, as far as there are any
-    gates: set[int] = field(default_factory=set)  # those of after that are to finish first
-    gated: bool = True  # these were not all done yet when nothing above held it back
-    held: bool = True  # by its own gates or by those above
-    state = property(lambda node: node.ended[0])
-    badly = property(lambda node: node.state in ("failed", "cancelled"))
-    because = property(lambda node: node.ended[1] or node.id)
+from tests.trees.forest import Forest, Node
 
 
-class Trees(dict[int, Node]):
-    def nodes(self, wanted: Callable[[Node], object]) -> list[Node]:
-        return [node for _, node in sorted(self.items()) if node.state != "gone" and wanted(node)]
-
-    def live(self, ids: Iterable[int | None]) -> list[Node]:
-        return self.nodes(lambda node: node.state == "live" and node.id in ids)
-
-    def children(self, id: int) -> list[Node]:
-        return self.nodes(lambda node: node.parent == id)
-
-    def followers(self, id: int) -> list[Node]:
-        return self.nodes(lambda node: id in node.after)
-
-    def all(self, step: Callable[[int], list[Node]], id: int) -> set[int]:
-        return {found for node in step(id) for found in (node.id, *self.all(step, node.id))}
-
-    def seen(self, node: Node) -> str:
-        live = "running" if node.holder else "waiting" if node.waits else "ready"
-        return live if node.state == "live" else node.state
-
+class Trees(Forest):
     def settle(self) -> None:
         for node in self.live(self):
             above = any(parent.held for parent in self.live([node.parent]))
@@ -101,9 +60,15 @@ class Trees(dict[int, Node]):
 
     def retry(self, ids: list[int]) -> None:
         ids = [id for id in ids if self[id].badly]
-        for id in ids:  # and what ended badly below, and all that did so because of any of these
-            ids += [child.id for child in self.children(id) if child.badly and child.id not in ids]
-        ids += [node.id for node in self.nodes(lambda node: node.badly and node.ended[1] in ids) if node.id not in ids]
+        caused, more = list[int](), ids
+        while more:  # and what ended badly below, because of any of these, or else had made parents fail
+            ids += [id for id in more if id not in ids]
+            for id in ids:
+                ids += [child.id for child in self.children(id) if child.badly and child.id not in ids]
+            caused = [node.id for node in self.nodes(lambda node: node.badly) if node.ended[1] in ids]
+            fatal = [child for id in caused for child in self.children(id) if child.policy == "fail-parent"]
+            more = [child.id for child in fatal if child.badly and child.id not in ids + caused]
+        ids += [id for id in caused if id not in ids]
         for node in [self[id] for id in ids]:
             self[node.id] = Node(node.id, node.parent, node.depth, node.policy, node.most, node.after)
         for node in self.live(self):

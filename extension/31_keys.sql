@@ -1,0 +1,113 @@
+-- 31_keys.sql: job keys
+--
+--   put_job       one job into the table, by the rules of job keys
+--   remove_job    by key
+--
+-- Locks: the row with that job key, if there is one.
+
+-- What a job key meets, and what then happens:
+--   nothing: insert. Pending: updated in place. Running: that run loses key and retries, a new job is inserted.
+-- Each statement sees what has been committed until it starts, and waits for who holds the row, so a claim, a finish
+-- or another add_job that comes between two of them sends us round the loop once more.
+create function pgworker.put_job(
+  p_id bigint, p_identifier text, p_payload jsonb, p_queue_name text, p_run_at timestamptz, p_max_attempts int,
+  p_key text, p_priority int, p_flags text[], p_mode text, p_limit_key text default null,
+  p_unique_for interval default null, p_debounce_max interval default null
+) returns bigint
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_now   constant timestamptz := pgworker.clock(now());
+  v_run_at constant timestamptz := least(coalesce(p_run_at, v_now), v_now + p_debounce_max);
+  v_flags constant text[] := nullif(p_flags, '{}');
+  v_payload constant jsonb := coalesce(nullif(p_payload, 'null'), '{}');
+  v_most  int;
+  v_lane  text;
+  v_due   timestamptz;
+  v_id    bigint;
+begin
+  select t.max_attempts::int, case when t.limited then pgworker.lane(t.keyed, p_limit_key, p_queue_name) end into v_most, v_lane
+  from pgworker.task t where t.identifier = p_identifier;
+  v_most := coalesce(p_max_attempts, v_most, 25);
+
+  loop
+    insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
+                                   created_at, limit_key, unique_until, lane)
+    values (coalesce(p_id, nextval('pgworker.job_id')), p_identifier, v_payload, p_queue_name, v_run_at,
+            v_most, p_key, coalesce(p_priority, 0), v_flags, v_now, p_limit_key, v_now + p_unique_for, v_lane)
+    on conflict (key) where key is not null do nothing
+    returning j.id, j.run_at into v_id, v_due;
+    exit when found;
+
+    if p_mode = 'unsafe_dedupe' then
+      update pgworker.job j set revision = j.revision + 1 where j.key = p_key returning j.id into v_id;
+      if found then
+        return v_id;                               -- nothing has become claimable
+      end if;
+    else
+      update pgworker.job j
+      set task_identifier = p_identifier,
+          payload = case when jsonb_typeof(j.payload) = 'array' and jsonb_typeof(v_payload) = 'array'
+                         then j.payload || v_payload else v_payload end,
+          queue_name = p_queue_name,
+          run_at = case when p_mode = 'preserve_run_at' and j.attempts = 0 then j.run_at
+                        when j.attempts = 0 then least(v_run_at, j.created_at + p_debounce_max)
+                        else v_run_at end,
+          max_attempts = v_most,
+          priority = coalesce(p_priority, 0),
+          flags = v_flags,
+          limit_key = p_limit_key,
+          lane = v_lane,
+          unique_until = j.created_at + p_unique_for,
+          attempts = 0, last_error = null, progress = null,
+          revision = j.revision + 1
+      where j.key = p_key and j.locked_by is null
+      returning j.id, j.run_at into v_id, v_due;
+      exit when found;
+
+      update pgworker.job j set key = null, unique_until = null, max_attempts = j.attempts
+      where j.key = p_key and j.locked_by is not null;
+    end if;
+  end loop;
+
+  if v_due <= pgworker.clock() then
+    -- A time in the past puts the job behind the cursors of the sessions that claim.
+    if v_due < v_now then
+      perform nextval('pgworker.epoch');
+    end if;
+    perform pgworker.wake();
+  end if;
+  return v_id;
+end
+$$;
+comment on function pgworker.put_job(
+  bigint, text, jsonb, text, timestamptz, int, text, int, text[], text, text, interval, interval) is
+  'Internal: adds one checked job, or updates the one with its key, and returns the id of the row.';
+
+create function pgworker.remove_job(job_key text) returns pgworker.jobs
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_id  bigint;
+  v_row pgworker.jobs;
+begin
+  -- Locked first: what is then read is what is removed, and a claim that came first has made it a running job.
+  select j.id into v_id from pgworker.job j where j.key = remove_job.job_key for update;
+  if not found then
+    return null;
+  end if;
+  update pgworker.job j set key = null, unique_until = null, max_attempts = j.attempts where j.id = v_id and j.locked_by is not null;
+  select v.* into v_row from pgworker.jobs v where v.id = v_id;
+  delete from pgworker.job j where j.id = v_id and j.locked_by is null;
+  return v_row;
+end
+$$;
+comment on function pgworker.remove_job(text) is
+  'Removes the pending job with this key and returns it. A running one goes on without key and retries and is returned; '
+  'unknown or null: null.';
