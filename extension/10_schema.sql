@@ -3,9 +3,11 @@
 --   clock       the one place where the time comes from, so that a test can move it
 --   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
+--   attempt     runs of jobs that did not complete them
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
 --   task        task settings that somebody made; no row is needed for a task to run
 --   permit      limits of tasks: one row for each that they let through
+--   forbidden_flag   flags that no worker takes
 --   worker      registered workers and how their presence is known
 --   notice      what a worker has still to be told about its jobs
 --   setting     options of this installation
@@ -42,9 +44,22 @@ create table pgworker.setting (
   value text not null
 );
 comment on table pgworker.setting is
-  'Options of this installation. rescue_grace: how long a worker may be gone before its jobs are given back (interval, '
-  'default 5 seconds). allow_fake_now: on lets a session move the clock with pgworker.fake_now (tests only). '
-  'publish_events: on has changes of jobs'' states notified (publish_events() sets it).';
+  'Options of this installation that are not at their defaults; the view settings shows all of them.';
+
+-- Bound when it is created, and inlined to a constant.
+create function pgworker.default_setting(p_name text) returns text
+language sql immutable parallel safe
+return case p_name
+  when 'rescue_grace' then '5 seconds'
+  when 'keep_completed' then '0'
+  when 'keep_results' then '1 day'
+  when 'keep_failed' then '30 days'
+  when 'history' then 'on'
+  when 'publish_events' then 'off'
+  when 'allow_fake_now' then 'off'
+end;
+comment on function pgworker.default_setting(text) is
+  'Internal: what a setting is that nobody made; null for a name that is none.';
 
 -- Only reached when pgworker.fake_now is set. SECURITY DEFINER: whoever may ask for the time may not read settings.
 create function pgworker.moved_clock(p_real timestamptz) returns timestamptz
@@ -116,6 +131,7 @@ create table pgworker.job (
   cancel_reason   text,
   limit_key       text,
   unique_until    timestamptz,
+  recorded        boolean     not null default false,
   lane            text        collate "C",
   primary key (id)
 ) with (
@@ -131,7 +147,7 @@ comment on table pgworker.job is
   'cancel_reason why, cause_id because of which other job. Trees: root_id is null outside of them; slot is the part of '
   'the parent''s counter that counts this job, null if none does; gate_id the nearest job, from this one upwards, that '
   'waits for its siblings; settled: what its end means for others is dealt with already. unique_until: until then its key '
-  'is taken for those who ask for unique_for. lane: what a job of a task with '
+  'is taken for those who ask for unique_for. recorded: there are rows of it in attempt. lane: what a job of a task with '
   'limits stands in line in, null for others.';
 
 -- No index and no predicate names a column that a claim changes (locked_at, locked_by, attempts): a claim then writes
@@ -181,14 +197,32 @@ create table pgworker.finished (
   on_failure      text,
   limit_key       text,
   unique_until    timestamptz,
+  recorded        boolean     not null default false,
+  worker_id       bigint,
+  worker_name     text,
   primary key (id)
 );
 comment on table pgworker.finished is
   'Jobs that ended, until keep_until. The nodes of a tree are kept as long as its root. cause_id: because of which '
-  'other job this one failed or was cancelled. unique_until as in job; a cancelled one has none.';
+  'other job this one failed or was cancelled. unique_until as in job; a cancelled one has none. recorded as in '
+  'job. worker_id, worker_name: who ran it when it ended, if it was running.';
 create index finished_keep_until on pgworker.finished (keep_until) where keep_until < 'infinity';
 create index finished_tree on pgworker.finished (root_id, parent_id) where root_id is not null;
 create index finished_unique on pgworker.finished (key) where unique_until is not null;
+
+create table pgworker.attempt (
+  job_id      bigint      not null,
+  started_at  timestamptz not null,
+  ended_at    timestamptz not null,
+  worker_id   bigint      not null,
+  attempt     smallint    not null,
+  outcome     text        not null check (outcome in ('failed', 'cancelled', 'rescued', 'released')),
+  worker_name text,
+  error       text
+);
+comment on table pgworker.attempt is
+  'Runs of jobs that did not complete them. They go when their job goes. A run that completed its job is seen in the job.';
+create index attempt_job on pgworker.attempt (job_id);
 
 create table pgworker.counter (
   job_id  bigint   not null,
@@ -262,6 +296,7 @@ create table pgworker.task (
     fair or max_concurrency is not null or max_concurrency_per_key is not null
     or rate_limit is not null or rate_limit_per_key is not null) stored
 );
+create index task_keep_completed on pgworker.task (identifier) where keep_completed is not null;
 comment on table pgworker.task is
   'Settings of tasks; null is the default, and a task without settings has no row. looked_at: when maintain() last looked '
   'for jobs that were added before the limits and are to be counted by them.';
@@ -285,6 +320,12 @@ comment on table pgworker.permit is
 create index permit_free on pgworker.permit (task_identifier, kind, lane_key, free_at) where n > 0;
 create index permit_freed on pgworker.permit (task_identifier, free_at) where lane is not null;
 create index permit_job on pgworker.permit (job_id) where job_id is not null;
+
+create table pgworker.forbidden_flag (
+  name         text        not null primary key,
+  forbidden_at timestamptz not null
+);
+comment on table pgworker.forbidden_flag is 'Flags that no worker takes jobs with.';
 
 create table pgworker.worker (
   id            bigint      not null default nextval('pgworker.worker_id') primary key,

@@ -60,18 +60,26 @@ begin
                                      add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode,
                                      add_job.run_at, add_job.limit_key, add_job.unique_for, add_job.debounce_max);
   end if;
-  v_id := pgworker.put_job(null, add_job.identifier, add_job.payload, add_job.queue_name, add_job.run_at,
-                           add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags,
-                           coalesce(add_job.job_key_mode, 'replace'), add_job.limit_key, add_job.unique_for,
-                           add_job.debounce_max);
-  select v.* into v_row from pgworker.live v where v.id = v_id;
+  loop
+    v_id := pgworker.put_job(null, add_job.identifier, add_job.payload, add_job.queue_name, add_job.run_at,
+                             add_job.max_attempts, add_job.job_key, add_job.priority, add_job.flags,
+                             coalesce(add_job.job_key_mode, 'replace'), add_job.limit_key, add_job.unique_for,
+                             add_job.debounce_max);
+    select v.* into v_row from pgworker.live v where v.id = v_id;
+    exit when found;
+    -- The first job of a window, which has ended, or if somebody removes it at this moment is none any more.
+    select v.* into v_row from pgworker.jobs v where v.id = v_id;
+    exit when found;
+  end loop;
   return v_row;
 end
 $$;
 comment on function pgworker.add_job(
   text, jsonb, text, timestamptz, int, text, int, text[], text, text, interval, interval) is
   'Adds a job in the caller''s transaction and returns it. Nulls mean: payload {} (so does JSON''s null), no serial queue, '
-  'run now, 25 attempts, no key, priority 0, no flags, mode replace. Raises 22023 for a value out of its limits, 22004 '
+  'run now, 25 attempts, no key, priority 0, no flags, mode replace, no limit key, no window, no bound. With unique_for, the job '
+  'that was first added with this key and unique_for less than that long ago is returned instead, as it is, finished or '
+  'not. Raises 22023 for a value out of its limits, 22004 '
   'for a null identifier.';
 
 create function pgworker.add_job(

@@ -24,6 +24,10 @@ declare
   v_past  boolean;
   v_changed boolean;
   v_moved boolean;
+  v_held  pgworker.jobs;
+  v_unique text[];
+  v_answered text[];
+  v_must  text[];
   v_spec  record;
   v_one   pgworker.jobs;
   v_rows  pgworker.jobs[];
@@ -54,12 +58,17 @@ begin
       perform from pgworker.job j where j.key = any (v_keys) order by j.id for update;
 
       with spec as materialized (
+        -- Those that a window answers come after the others of their key, of which one is to be inserted.
         select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
-               s.limit_key, s.unique_for, s.debounce_max, coalesce(t.max_attempts, 25) as most,
+               s.limit_key, s.unique_for, s.debounce_max, s.held, coalesce(t.max_attempts, 25) as most,
                case when t.limited then pgworker.lane(t.keyed, s.limit_key, s.queue_name) end as lane,
-               case when s.job_key is null then 1 else row_number() over (partition by s.job_key order by s.n) end as nth,
+               case when s.job_key is null then 1
+                    else row_number() over (partition by s.job_key order by s.held, s.n) end as nth,
                case when s.job_key is null then 1 else count(*) over (partition by s.job_key) end as same_key
-        from pgworker.read_specs(v_specs, pgworker.job_keys(), 'specs', null, null) s
+        from (select r.n, r.identifier, r.payload, r.queue_name, r.run_at, r.max_attempts, r.job_key, r.priority, r.flags,
+                     r.limit_key, r.unique_for, r.debounce_max, r.unique_for is not null and exists (
+                       select from pgworker.finished f where f.key = r.job_key and f.unique_until > v_now offset 0) as held
+              from pgworker.read_specs(v_specs, pgworker.job_keys(), 'specs', null, null) r) as s
         left join pgworker.task t on t.identifier = s.identifier
       ), added as (
         insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority,
@@ -68,7 +77,7 @@ begin
                least(coalesce(s.run_at, v_now), v_now + s.debounce_max), coalesce(s.max_attempts, s.most), s.job_key,
                coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now, s.limit_key, v_now + s.unique_for, s.lane
         from spec s
-        where s.nth = 1
+        where s.nth = 1 and not s.held
         order by s.job_key nulls first, s.n
         on conflict (key) where key is not null do nothing
         returning j.id, j.key
@@ -77,16 +86,25 @@ begin
                    and (s.same_key > 1 or not exists (select from added a where a.key = s.job_key))),
              array(select a.id from added a
                    where exists (select from spec s where s.job_key = a.key and s.same_key > 1)),
-             bool_or(coalesce(s.run_at, v_now) <= pgworker.clock()), bool_or(s.run_at < v_now)
-      into v_folds, v_first, v_due, v_past
+             bool_or(coalesce(s.run_at, v_now) <= pgworker.clock() and not s.held), bool_or(s.run_at < v_now),
+             array_agg(s.job_key) filter (where s.unique_for is not null and not s.held),
+             array_agg(s.job_key) filter (where s.nth = 1 and s.held)
+      into v_folds, v_first, v_due, v_past, v_unique, v_answered
       from spec s;
 
       if cardinality(v_folds) > 0 then
-        perform from pgworker.job j where j.key = any (v_keys) order by j.id for update nowait;
+        v_must := array(select k.key from unnest(v_keys) as k(key)
+                        where k.key not in (select a.key from unnest(v_answered) as a(key)));
+        perform from pgworker.job j where j.key = any (v_answered) order by j.id for update nowait;
+        perform from pgworker.job j where j.key = any (v_must) order by j.id for update nowait;
         get diagnostics v_locked = row_count;
-        if v_locked < cardinality(v_keys) then     -- one has gone since
+        if v_locked < cardinality(v_must) then     -- one has gone since
           raise lock_not_available;
         end if;
+      end if;
+      if exists (select from unnest(v_unique) as k(key)
+                 where exists (select from pgworker.finished f where f.key = k.key and f.unique_until > v_now offset 0)) then
+        raise lock_not_available;                  -- one has come and ended since
       end if;
       exit;
     exception when lock_not_available then
@@ -99,8 +117,13 @@ begin
   -- row thousands of times walks over all its versions each time.
   if cardinality(v_folds) > 0 then
     for v_spec in
-      select s.n, s.identifier, s.payload, s.queue_name, s.run_at, coalesce(s.max_attempts, t.max_attempts) as max_attempts,
-             s.job_key, s.priority, s.flags, s.limit_key, s.unique_for, s.debounce_max, coalesce(s.job_key_mode, 'replace') as mode, a.id is not null as added,
+      select s.n, s.identifier, s.payload, s.queue_name, s.run_at,
+             coalesce(s.max_attempts, t.max_attempts) as max_attempts, s.job_key, s.priority, s.flags,
+             s.limit_key, s.unique_for, s.debounce_max, coalesce(s.job_key_mode, 'replace') as mode,
+             a.id is not null as added,
+             case when s.unique_for is not null
+                  then (select v from pgworker.jobs v where v.key = s.job_key and v.unique_until > v_now
+                        order by v.id limit 1) end as held,
              lag(s.job_key) over w is null as first, lead(s.job_key) over w is null as last
       from pgworker.read_specs(v_specs, pgworker.job_keys(), 'specs', null, null) s
       join unnest(v_folds) as f(n) on f.n = s.n
@@ -114,8 +137,14 @@ begin
         v_changed := false;
         v_moved := false;
       end if;
+      v_held := v_spec.held;
+      if v_held.id = v_one.id then
+        v_held := null;
+      end if;
       if v_spec.added then
         null;                                      -- this very spec made the row
+      elsif v_held.id is not null or v_spec.unique_for is not null and v_one.unique_until > v_now then
+        null;                                      -- a window answers it: of a job that has finished, or of this one
       elsif v_spec.mode = 'unsafe_dedupe' then
         v_one.revision := v_one.revision + 1;
         v_changed := true;
@@ -150,8 +179,8 @@ begin
         v_changed := true;
         v_moved := true;
       end if;
-      v_ids[v_spec.n] := v_one.id;
-      v_rows[v_spec.n] := v_one;                   -- a folded job is returned as its own call would have left it
+      v_ids[v_spec.n] := coalesce(v_held.id, v_one.id);
+      v_rows[v_spec.n] := case when v_held.id is null then v_one else v_held end;    -- a folded job is returned as its own call would have left it
       if v_spec.last and v_changed then
         update pgworker.job j
         set task_identifier = v_one.task_identifier, payload = v_one.payload, queue_name = v_one.queue_name,

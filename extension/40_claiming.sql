@@ -76,7 +76,7 @@ as $$
 declare
   v_now     constant timestamptz := pgworker.clock();
   v_most    constant int := least(max_jobs, 1000000);
-  v_flags   constant text[] := nullif(get_jobs.forbidden_flags, '{}');
+  v_flags   text[] := nullif(get_jobs.forbidden_flags, '{}');
   v_text    text := current_setting('pgworker.cursor', true);
   v_whose   constant bigint := (hashtext(concat_ws(' ', worker_id, tasks::text, '/', forbidden_flags::text))
                                & 2147483647)::bigint;
@@ -118,6 +118,7 @@ begin
   -- that nobody knows would be given back by nobody.
   select w.lease, (select e.last_value from pgworker.epoch e) as epoch,
          t.paused, t.limits, t.timeouts,
+         (select array_agg(f.name) from pgworker.forbidden_flag f) as forbidden,
          v_brief and not exists (select from pgworker.job j where j.queue_name > '' and j.lane is null and not j.waiting) as brief
   into v_worker
   from pgworker.worker w
@@ -132,6 +133,7 @@ begin
       hint = 'Call register_worker() first; a worker that was gone for too long has to register anew.';
   end if;
 
+  v_flags := v_flags || v_worker.forbidden;
   if v_worker.limits then
     select h.ids, h.priorities, h.run_ats into v_limited, v_priorities, v_run_ats
     from pgworker.limited_heads(v_now, v_most, tasks, v_flags) h;
@@ -299,7 +301,7 @@ end
 $$;
 comment on function pgworker.get_jobs(bigint, int, text[], text[]) is
   'Claims up to max_jobs due jobs for a worker and returns them in claim order: priority, run_at, id. tasks null means '
-  'every task, an empty array none; a job with any forbidden flag is passed over. Attempts go up by one. Raises PW002 '
+  'every task, an empty array none; a job with any flag forbidden here or by forbid_flag is passed over. Attempts go up by one. Raises PW002 '
   'for an unknown worker, 22023 for max_jobs below 1.';
 
 create function pgworker.get_job(worker_id bigint, tasks text[] default null, forbidden_flags text[] default null)

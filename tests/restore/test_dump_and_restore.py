@@ -80,6 +80,7 @@ def _populate(conn: Conn) -> dict[str, int]:
     call(conn, "configure_task", "limited", max_concurrency=1, backoff='["1 minute"]', fair=True)
     known["limited, running"], known["limited"] = (add(conn, "limited", limit_key=key)["id"] for key in "ab")
     assert claim_ids(conn, session, 5, tasks=["limited"]) == [known["limited, running"]]
+    call(conn, "forbid_flag", "forbidden")
     tree = {
         "identifier": "tree", "children": [
             {"identifier": "first", "name": "first", "priority": -20}, {"identifier": "behind", "after": ["first"]},
