@@ -32,6 +32,7 @@ from pgworker_client.scheduling import (
     schedules,
     unschedule_job,
 )
+from pgworker_client.task_settings import TaskOptions, TaskRow, configure_task
 from pgworker_client.trees import (
     TreeRow,
     add_job_tree,
@@ -62,6 +63,8 @@ __all__ = [
     "ScheduleRow",
     "StateChange",
     "Subscription",
+    "TaskOptions",
+    "TaskRow",
     "TreeRow",
     "WaitsForChildren",
     "Worker",
@@ -77,6 +80,7 @@ __all__ = [
     "configure",
     "cron_preview",
     "forbid_flag",
+    "configure_task",
     "get_children_values",
     "get_failed_children_values",
     "job_tree",

@@ -132,7 +132,8 @@ def test_what_was_put_off_when_the_dump_was_taken_is_done_in_the_copy(
 @pytest.mark.parametrize("when", ["running", "put off", "half undone"])
 def test_a_tree_that_was_to_be_undone_is_undone_in_the_copy(db: Conn, restored: Restored, when: str) -> None:
     order = chain("a", "b", "c")
-    order["children"] += [{"identifier": "slow"}] if when == "put off" else []
+    if when == "put off":
+        order["children"] = [*order["children"], {"identifier": "slow"}]
     ids = plant(db, order)
     complete(db, ids["a"])
     complete(db, ids["b"], {"b": 1})
