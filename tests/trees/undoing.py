@@ -7,7 +7,6 @@ from typing import Any
 from tests.calling import Conn, Row, call, claim, register, rows, value, values
 from tests.trees.planting import Node, node
 
-
 _READY = "select exists (select from pgworker.jobs where state = 'ready')"
 
 
