@@ -9,6 +9,7 @@ select pg_catalog.pg_extension_config_dump('pgworker.unsettled', '');
 select pg_catalog.pg_extension_config_dump('pgworker.queue', '');
 select pg_catalog.pg_extension_config_dump('pgworker.task', '');
 select pg_catalog.pg_extension_config_dump('pgworker.worker', '');
+select pg_catalog.pg_extension_config_dump('pgworker.interest', '');
 select pg_catalog.pg_extension_config_dump('pgworker.notice', '');
 select pg_catalog.pg_extension_config_dump('pgworker.job_id', '');
 select pg_catalog.pg_extension_config_dump('pgworker.worker_id', '');

@@ -11,6 +11,7 @@ from pgworker_client.administration import (
     retry_jobs,
 )
 from pgworker_client.context import BlockingContext, Context
+from pgworker_client.diagnosis import Finding, doctor, why
 from pgworker_client.enqueue import JobOptions, JobSpec, add_job, add_jobs, remove_job
 from pgworker_client.errors import JobLost, NotInstalled, PgworkerError, WorkerFailed
 from pgworker_client.events import StateChange, Subscription, subscribe
@@ -34,6 +35,7 @@ __all__ = [
     "Cancel",
     "Context",
     "Fail",
+    "Finding",
     "Job",
     "JobEvent",
     "JobLost",
@@ -57,6 +59,7 @@ __all__ = [
     "cancel_jobs",
     "children",
     "complete_jobs",
+    "doctor",
     "get_children_values",
     "get_failed_children_values",
     "job_tree",
@@ -66,4 +69,5 @@ __all__ = [
     "retry_jobs",
     "subscribe",
     "tree_progress",
+    "why",
 ]

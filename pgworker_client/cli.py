@@ -21,6 +21,7 @@ import psycopg
 from pgworker_client import schema
 from pgworker_client.cli_tree import show_tree
 from pgworker_client.connection import connection_string
+from pgworker_client.diagnosis import doctor
 from pgworker_client.enqueue import add_job
 from pgworker_client.errors import PgworkerError, one_line
 from pgworker_client.loading import load_directory, load_worker
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tree.add_argument("--all", action="store_true", help="every job, however many siblings it has")
 
+    add("doctor", _doctor, "Say what is wrong with the installation, or soon will be; status 1 on an error.")
     add("install", _install, "Install pgworker in the database: as an extension if offered, else the same SQL by hand.")
     add("upgrade", _upgrade, "Bring pgworker in the database to the version of this client.")
     commands.add_parser("demo", help="A small shop's jobs, run before your eyes.")
@@ -174,6 +176,18 @@ def _tree(options: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")
     with _connect(options) as conn:
         return show_tree(conn, options.id, follow=options.follow, everything=options.all)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    with _connect(options) as conn:
+        findings = doctor(conn)
+    table = [("SEVERITY", "SUBJECT", "FINDING", "ADVICE"), *map(dataclasses.astuple, findings)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table if findings else ():
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    if not findings:
+        print(f"nothing found in database {conn.info.dbname}")
+    return int(any(finding.severity == "error" for finding in findings))
 
 
 def _install(options: argparse.Namespace) -> int:

@@ -1,0 +1,211 @@
+-- 78_why.sql: why a job is not running
+--
+--   and_more        some of many, as a sentence lists them
+--   named           jobs, as a sentence names them
+--   why_waiting     what a job of a tree waits for
+--   why_unclaimed   what keeps a job that waits for nothing from being claimed
+--   why             the public function
+--
+-- What claims ask (40_claiming.sql, 45_queues.sql) is asked here for one job: when none of it holds the job back, the next
+-- claim of a worker that takes such jobs gets it, as soon as the jobs before it are gone. What workers take is what they
+-- last asked for (note_interest). Nothing is locked and nothing is remembered.
+
+create function pgworker.and_more(p_some text[], p_all bigint) returns text
+language sql immutable parallel safe
+return case when p_all > cardinality(p_some) then array_to_string(p_some, ', ') || format(' and %s more', p_all - cardinality(p_some))
+            else concat_ws(' and ', nullif(array_to_string(p_some[1 : cardinality(p_some) - 1], ', '), ''),
+                           p_some[cardinality(p_some)]) end;
+comment on function pgworker.and_more(text[], bigint) is
+  'Internal: "a", "a and b", "a, b and c", "a, b, c and 98 more": the first of so many.';
+
+create function pgworker.named(p_one text, p_many text, p_ids bigint[], p_titles text[], p_all bigint) returns text
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_all = 1 then p_one else p_many end || ' '
+         || pgworker.and_more(array(select format('%s (%s)', u.id, u.title)
+                                    from unnest(p_ids, p_titles) with ordinality as u(id, title, n) order by u.n), p_all);
+end
+$$;
+comment on function pgworker.named(text, text, bigint[], text[], bigint) is
+  'Internal: "child 5 (load)" or "children 5 (load), 6 (load) and 7 (draw)": the first of so many jobs.';
+
+create function pgworker.why_waiting(p_id bigint) returns text
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_job  record;
+  v_gate bigint;
+  v_next bigint;
+  v_for  record;
+begin
+  select j.root_id, j.gate_id into v_job from pgworker.job j where j.id = p_id;
+  -- The gate furthest up: those below it cannot open before.
+  v_next := v_job.gate_id;
+  while v_next is distinct from v_gate loop
+    v_gate := v_next;
+    select coalesce(j.gate_id, v_gate) into v_next from pgworker.job j where j.id = v_gate;
+  end loop;
+
+  if v_gate is not null then
+    select count(*) as jobs, (array_agg(a.id order by a.id))[1:3] as ids,
+           (array_agg(coalesce(a.name, a.task_identifier) order by a.id))[1:3] as titles
+    into v_for
+    from pgworker.dependency d
+    join pgworker.job a on a.id = d.after_id
+    where d.job_id = v_gate;
+    return case when v_gate <> p_id then format('below job %s, which is ', v_gate) else '' end
+           || case when v_for.jobs = 0 then 'about to start: the siblings that it came after have ended, and maintain() opens it'
+                   else pgworker.named('waiting for its sibling', 'waiting for its siblings', v_for.ids, v_for.titles, v_for.jobs)
+                        || ', which it comes after' end;
+  end if;
+
+  select count(*) as jobs, (array_agg(c.id order by c.id))[1:3] as ids,
+         (array_agg(coalesce(c.name, c.task_identifier) order by c.id))[1:3] as titles
+  into v_for
+  from pgworker.job c
+  where c.root_id = v_job.root_id and c.parent_id = p_id and c.slot is not null;
+  return case when v_for.jobs = 0 then 'about to go on: its children have ended, and maintain() releases it'
+              else pgworker.named('waiting for child', 'waiting for children', v_for.ids, v_for.titles, v_for.jobs) end;
+end
+$$;
+comment on function pgworker.why_waiting(bigint) is 'Internal: what a waiting job waits for.';
+
+create function pgworker.why_unclaimed(p_id bigint) returns text
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_now    constant timestamptz := pgworker.clock();
+  v_paused constant text[] := array(select t.identifier from pgworker.task t where t.paused);
+  v_job    record;
+  v_queue  record;
+  v_live   record;
+  v_flags  text[];
+  v_head   bigint;
+  v_causes text[] := '{}';
+begin
+  select j.task_identifier, j.priority, j.run_at, j.queue_name, j.flags, j.attempts, j.max_attempts, j.last_error into v_job
+  from pgworker.job j where j.id = p_id;
+  if v_job.run_at > v_now then
+    v_causes := v_causes || (format('due at %s', date_trunc('second', v_job.run_at))
+                             || case when v_job.attempts > 0
+                                     then format(' for attempt %s of %s, after: %s', v_job.attempts + 1, v_job.max_attempts,
+                                                 coalesce(v_job.last_error, 'no error')) else '' end);
+  end if;
+  if v_job.task_identifier = any (v_paused) then
+    v_causes := v_causes || format('task %s is paused', v_job.task_identifier);
+  end if;
+  select q.paused, q.job_id into v_queue from pgworker.queue q where q.name = v_job.queue_name;
+  if v_queue.paused then
+    v_causes := v_causes || format('queue %s is paused', v_job.queue_name);
+  end if;
+  if v_queue.job_id is not null then
+    v_causes := v_causes || format('behind job %s, which runs in queue %s', v_queue.job_id, v_job.queue_name);
+  end if;
+
+  select count(distinct p.id) as workers,
+         count(distinct p.id) filter (where t.knows) as knowing,
+         count(distinct p.id) filter (where t.knows and not t.forbids) as taking
+  into v_live
+  from pgworker.presence p
+  left join pgworker.interest i on i.worker_id = p.id
+  cross join lateral (
+    select i.worker_id is not null and (i.tasks is null or v_job.task_identifier = any (i.tasks)) as knows,
+           coalesce(i.forbidden_flags && v_job.flags, false) as forbids) as t
+  where p.present;
+  if v_live.workers = 0 then
+    v_causes := v_causes || 'no worker is live'::text;
+  elsif v_live.knowing = 0 then
+    v_causes := v_causes || format('no live worker knows task %s', v_job.task_identifier);
+  elsif v_live.taking = 0 then
+    v_flags := array(select u.flag from unnest(v_job.flags) with ordinality as u(flag, n)
+                     where exists (select from pgworker.presence p
+                                   join pgworker.interest i on i.worker_id = p.id
+                                   where p.present and (i.tasks is null or v_job.task_identifier = any (i.tasks))
+                                     and u.flag = any (i.forbidden_flags))
+                     order by u.n);
+    v_causes := v_causes || (case when cardinality(v_flags) = 1 then 'flag ' else 'flags ' end
+                             || pgworker.and_more(v_flags, cardinality(v_flags))
+                             || case when cardinality(v_flags) = 1 then ' is' else ' are' end
+                             || ' forbidden by all live workers that know the task');
+  end if;
+  if cardinality(v_causes) > 0 then
+    return array_to_string(v_causes, '; ');
+  end if;
+
+  -- The queue is free, so each worker would take the first job in it that it may take.
+  select case when count(h.id) = count(*) then min(h.id) end into v_head
+  from pgworker.presence p
+  join pgworker.interest i on i.worker_id = p.id
+  left join lateral (
+    select o.id from pgworker.job o
+    where o.queue_name = v_job.queue_name and o.queue_name > '' and not o.waiting
+      and (o.priority, o.run_at, o.id) < (v_job.priority, v_job.run_at, p_id)
+      and o.run_at <= v_now and o.locked_by is null
+      and (i.tasks is null or o.task_identifier = any (i.tasks)) and o.task_identifier <> all (v_paused)
+      and not coalesce(i.forbidden_flags && o.flags, false)
+    order by o.priority, o.run_at, o.id limit 1) as h on true
+  where p.present and (i.tasks is null or v_job.task_identifier = any (i.tasks))
+    and not coalesce(i.forbidden_flags && v_job.flags, false);
+  if v_head is not null then
+    return format('behind job %s, which comes before it in queue %s', v_head, v_job.queue_name);
+  end if;
+  return format('ready, due since %s: nothing holds it back, and %s live %s it when its turn comes',
+                date_trunc('second', v_job.run_at), v_live.taking,
+                case when v_live.taking = 1 then 'worker takes' else 'workers take' end);
+end
+$$;
+comment on function pgworker.why_unclaimed(bigint) is
+  'Internal: all that keeps a job which waits for nothing from being claimed; "ready, ..." when nothing does.';
+
+create function pgworker.why(job_id bigint) returns text
+language plpgsql stable parallel safe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now    constant timestamptz := pgworker.clock();
+  v_job    record;
+  v_worker record;
+begin
+  if why.job_id is null then
+    return null;
+  end if;
+  select o.state, o.locked_at, o.locked_by, o.attempts, o.last_error, o.finished_at into v_job
+  from pgworker.jobs o where o.id = why.job_id;
+  if not found then
+    return format('no job %s: there never was one, or it has ended and is not kept', why.job_id);
+  end if;
+  case v_job.state
+    when 'waiting' then
+      return pgworker.why_waiting(why.job_id);
+    when 'scheduled', 'ready' then
+      return pgworker.why_unclaimed(why.job_id);
+    when 'running' then
+      select j.ends_as, j.cancel_reason, p.id, p.name, p.present into v_worker
+      from pgworker.job j
+      left join pgworker.presence p on p.id = j.locked_by
+      where j.id = why.job_id;
+      return format('claimed by worker %s since %s', v_job.locked_by || coalesce(' (' || v_worker.name || ')', ''),
+                    date_trunc('second', v_job.locked_at))
+             || case when v_worker.ends_as is not null
+                     then format(', asked to stop (it will end as %s): %s', v_worker.ends_as, v_worker.cancel_reason) else '' end
+             || case when v_worker.id is null then ', which is not registered any more: force_unlock_workers() takes it back'
+                     when not v_worker.present then ', which is gone: maintain() gives it back after the grace' else '' end;
+    else
+      return format('%s at %s', v_job.state, date_trunc('second', v_job.finished_at))
+             || case when v_job.state <> 'failed' then '' when v_job.attempts = 1 then ' after 1 attempt'
+                     else format(' after %s attempts', v_job.attempts) end
+             || case when v_job.state <> 'completed' then coalesce(': ' || v_job.last_error, '') else '' end;
+  end case;
+end
+$$;
+comment on function pgworker.why(bigint) is
+  'Why a job is not running, in one sentence: what it waits for, who holds it, since when it has ended. "ready, ..." when '
+  'nothing holds it back. Null for null.';

@@ -1,0 +1,174 @@
+"""why(): each cause is named, and it is the real one."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.calling import FUTURE, Conn, add, call, claim_ids, register, value
+from tests.clock import move_clock
+from tests.connections import Connections
+from tests.lifecycle import job_in
+from tests.waiting import until_gone
+
+NOON = "2031-05-17 12:00:00+00"
+
+
+def why(conn: Conn, job: int | None) -> str:
+    """Return what ``why`` says."""
+    said: str = value(conn, "select pgworker.why(%s)", job)
+    return said
+
+
+def plant(conn: Conn, tree: str) -> dict[str, int]:
+    """Add a tree, and return the ids of its nodes by their tasks."""
+    root = value(conn, "select root_id from pgworker.add_job_tree(%s)", tree)
+    return dict(conn.execute("select task_identifier, id from pgworker.job_tree(%s)", [root]).fetchall())
+
+
+@pytest.fixture
+def worker(tx: Conn) -> int:
+    """A live worker that takes everything."""
+    move_clock(tx, NOON)
+    worker = register(tx, "w")
+    claim_ids(tx, worker)
+    return worker
+
+
+def test_a_job_that_nothing_holds_back_is_ready(tx: Conn, worker: int) -> None:
+    job = add(tx)["id"]
+    ready = "ready, due since 2031-05-17 12:00:00+00: nothing holds it back, and 1 live worker takes it when its turn comes"
+    assert why(tx, job) == ready
+    claim_ids(tx, register(tx), tasks=["a"])
+    assert why(tx, add(tx)["id"]).endswith("and 2 live workers take it when its turn comes")
+
+
+def test_a_job_of_the_future_says_when(tx: Conn, worker: int) -> None:
+    assert why(tx, add(tx, run_at=FUTURE)["id"]) == "due at 2100-01-01 00:00:00+00"
+    retried = add(tx, max_attempts=3)["id"]
+    claim_ids(tx, worker)
+    call(tx, "fail_job", worker, retried, "it broke", retry_at=FUTURE)
+    assert why(tx, retried) == "due at 2100-01-01 00:00:00+00 for attempt 2 of 3, after: it broke"
+
+
+def test_paused_tasks_and_queues_are_named_and_all_causes_are_said(tx: Conn, worker: int) -> None:
+    job = add(tx, queue_name="q", run_at=FUTURE)["id"]
+    call(tx, "pause_task", "a")
+    call(tx, "pause_queue", "q")
+    assert why(tx, job) == "due at 2100-01-01 00:00:00+00; task a is paused; queue q is paused"
+    call(tx, "resume_task", "a")
+    call(tx, "reschedule_jobs", [job], run_at=NOON)
+    assert why(tx, job) == "queue q is paused"
+
+
+def test_a_job_behind_another_in_its_queue(tx: Conn, worker: int) -> None:
+    first, second = (add(tx, queue_name="q")["id"] for _ in range(2))
+    assert why(tx, first).startswith("ready")
+    assert why(tx, second) == f"behind job {first}, which comes before it in queue q"
+    assert claim_ids(tx, worker, 10) == [first]
+    assert why(tx, second) == f"behind job {first}, which runs in queue q"
+
+
+def test_a_job_is_not_behind_one_that_some_worker_passes_over(tx: Conn, worker: int) -> None:
+    first, second = add(tx, "slow", queue_name="q")["id"], add(tx, queue_name="q")["id"]
+    other = register(tx)
+    assert claim_ids(tx, other, tasks=["a"], max_jobs=1) == [second]
+    call(tx, "release_jobs", other, [second])
+    assert why(tx, first).startswith("ready")
+    assert why(tx, second).startswith("ready")
+    call(tx, "unregister_worker", other)
+    assert why(tx, second) == f"behind job {first}, which comes before it in queue q"
+
+
+def test_flags_that_all_live_workers_forbid(tx: Conn, worker: int) -> None:
+    job = add(tx, flags=["slow", "big"])["id"]
+    other = register(tx)
+    assert claim_ids(tx, worker, forbidden_flags=["slow"]) == []
+    assert claim_ids(tx, other, tasks=["b"]) == []  # it takes the flags, but does not know the task
+    assert why(tx, job) == "flag slow is forbidden by all live workers that know the task"
+    assert claim_ids(tx, other, tasks=["a", "b"], forbidden_flags=["big"]) == []
+    assert why(tx, job) == "flags slow and big are forbidden by all live workers that know the task"
+    assert claim_ids(tx, other, tasks=["a", "b"], forbidden_flags=["other"]) == [job]
+
+
+def test_a_task_that_no_live_worker_knows(tx: Conn, worker: int) -> None:
+    job = add(tx)["id"]
+    claim_ids(tx, worker, tasks=["b"])
+    assert why(tx, job) == "no live worker knows task a"
+    claim_ids(tx, worker, tasks=["b", "a"], forbidden_flags=["x"])
+    call(tx, "release_jobs", worker, [job])
+    assert why(tx, job).startswith("ready")
+    call(tx, "unregister_worker", worker)
+    assert why(tx, job) == "no worker is live"
+    register(tx)
+    assert why(tx, job) == "no live worker knows task a"  # it has asked for nothing yet
+
+
+def test_workers_whose_session_or_lease_is_over_do_not_count(db: Conn, connect: Connections) -> None:
+    move_clock(db, NOON)
+    job, taken = add(db, "b")["id"], add(db, "c")["id"]
+    session = connect()
+    move_clock(session, NOON)
+    leased, present = register(db, lease="30 seconds"), register(session)
+    claim_ids(db, leased, tasks=["b", "z"], forbidden_flags=["z"])
+    call(db, "release_jobs", leased, [job])
+    assert claim_ids(session, present, tasks=["c"]) == [taken]
+    assert why(db, job).startswith("ready")
+    move_clock(db, "2031-05-17 12:00:31+00")
+    assert why(db, job) == "no live worker knows task b"
+    pid = session.info.backend_pid
+    session.close()
+    until_gone(db, pid)
+    assert why(db, taken).endswith("which is gone: maintain() gives it back after the grace")
+    assert why(db, job) == "no worker is live"
+
+
+TREE = """{"identifier": "root", "children": [
+  {"identifier": "load", "name": "orders"},
+  {"identifier": "rates"},
+  {"identifier": "page", "after": ["orders"], "children": [{"identifier": "draw"}]}]}"""
+
+
+def test_what_a_node_of_a_tree_waits_for(tx: Conn, worker: int) -> None:
+    ids = plant(tx, TREE)
+    load, rates, page = ids["load"], ids["rates"], ids["page"]
+    assert why(tx, ids["root"]) == f"waiting for children {load} (orders), {rates} (rates) and {page} (page)"
+    assert why(tx, page) == f"waiting for its sibling {load} (orders), which it comes after"
+    assert why(tx, ids["draw"]) == f"below job {page}, which is waiting for its sibling {load} (orders), which it comes after"
+    call(tx, "complete_jobs", [load])
+    assert why(tx, page) == f"waiting for child {ids['draw']} (draw)"
+    assert why(tx, ids["draw"]).startswith("ready")
+
+
+def test_of_many_children_a_few_are_named(tx: Conn, worker: int) -> None:
+    children = ",".join(['{"identifier": "c"}'] * 100)
+    root = value(tx, "select id from pgworker.add_job_tree(%s)", f'{{"identifier": "r", "children": [{children}]}}')
+    names = ", ".join(f"{root + n} (c)" for n in (1, 2, 3))
+    assert why(tx, root) == f"waiting for children {names} and 97 more"
+
+
+def test_a_running_job_says_who_runs_it_and_whether_it_is_to_stop(tx: Conn, worker: int) -> None:
+    job = add(tx)["id"]
+    assert claim_ids(tx, worker) == [job]
+    running = f"claimed by worker {worker} (w) since 2031-05-17 12:00:00+00"
+    assert why(tx, job) == running
+    call(tx, "cancel_jobs", [job], reason="no need")
+    assert why(tx, job) == f"{running}, asked to stop (it will end as cancelled): no need"
+    tx.execute("delete from pgworker.worker")
+    assert why(tx, job).endswith(", which is not registered any more: force_unlock_workers() takes it back")
+
+
+def test_what_has_ended_says_how(tx: Conn) -> None:
+    at = r" at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00"
+    assert re.fullmatch("completed" + at, why(tx, job_in(tx, "completed")))
+    assert re.fullmatch("failed" + at + " after 1 attempt: it broke", why(tx, job_in(tx, "failed")))
+    assert re.fullmatch("cancelled" + at + ": no need", why(tx, job_in(tx, "cancelled")))
+    job = add(tx)["id"]
+    call(tx, "permanently_fail_jobs", [job], "by hand")
+    assert re.fullmatch("failed" + at + " after 0 attempts: by hand", why(tx, job))
+
+
+def test_unknown_and_null(tx: Conn) -> None:
+    assert why(tx, 12345678) == "no job 12345678: there never was one, or it has ended and is not kept"
+    assert why(tx, None) is None
