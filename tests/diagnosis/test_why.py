@@ -10,6 +10,7 @@ from tests.calling import FUTURE, Conn, add, call, claim_ids, register, value
 from tests.clock import move_clock
 from tests.connections import Connections
 from tests.lifecycle import job_in
+from tests.trees.planting import leftovers, node, plant
 from tests.waiting import until_gone
 
 NOON = "2031-05-17 12:00:00+00"
@@ -19,12 +20,6 @@ def why(conn: Conn, job: int | None) -> str:
     """Return what ``why`` says."""
     said: str = value(conn, "select pgworker.why(%s)", job)
     return said
-
-
-def plant(conn: Conn, tree: str) -> dict[str, int]:
-    """Add a tree, and return the ids of its nodes by their tasks."""
-    root = value(conn, "select root_id from pgworker.add_job_tree(%s)", tree)
-    return dict(conn.execute("select task_identifier, id from pgworker.job_tree(%s)", [root]).fetchall())
 
 
 @pytest.fixture
@@ -124,21 +119,36 @@ def test_workers_whose_session_or_lease_is_over_do_not_count(db: Conn, connect: 
     assert why(db, job) == "no worker is live"
 
 
-TREE = """{"identifier": "root", "children": [
-  {"identifier": "load", "name": "orders"},
-  {"identifier": "rates"},
-  {"identifier": "page", "after": ["orders"], "children": [{"identifier": "draw"}]}]}"""
-
-
 def test_what_a_node_of_a_tree_waits_for(tx: Conn, worker: int) -> None:
-    ids = plant(tx, TREE)
+    tree = node("root", node("load"), node("rates"), node("page", node("draw"), after=["load", "rates"]))
+    ids = plant(tx, tree)
     load, rates, page = ids["load"], ids["rates"], ids["page"]
-    assert why(tx, ids["root"]) == f"waiting for children {load} (orders), {rates} (rates) and {page} (page)"
-    assert why(tx, page) == f"waiting for its sibling {load} (orders), which it comes after"
-    assert why(tx, ids["draw"]) == f"below job {page}, which is waiting for its sibling {load} (orders), which it comes after"
+    assert why(tx, ids["root"]) == f"waiting for children {load} (load), {rates} (rates) and {page} (page)"
+    assert why(tx, page) == f"waiting for its siblings {load} (load) and {rates} (rates), which it comes after"
+    call(tx, "complete_jobs", [rates])
+    sibling = f"waiting for its sibling {load} (load), which it comes after"
+    assert (why(tx, page), why(tx, ids["draw"])) == (sibling, f"below job {page}, which is {sibling}")
     call(tx, "complete_jobs", [load])
     assert why(tx, page) == f"waiting for child {ids['draw']} (draw)"
     assert why(tx, ids["draw"]).startswith("ready")
+
+
+def test_what_somebody_held_when_it_was_to_start_is_left_to_maintain(db: Conn, connect: Connections) -> None:
+    ids = plant(db, node("root", node("first"), node("second", after=["first"])))
+    holder = connect(autocommit=False)
+    holder.execute("select from pgworker.job where id = any(%s) for update", [[ids["second"], ids["root"]]])
+    call(db, "complete_jobs", [ids["first"]])
+    opens = "about to start: the siblings that it came after have ended, and maintain() opens it"
+    assert why(db, ids["second"]) == opens
+    holder.rollback()
+    leftovers(db)
+    assert why(db, ids["second"]) == "no worker is live"
+    holder.execute("select from pgworker.job where id = %s for update", [ids["root"]])
+    call(db, "complete_jobs", [ids["second"]])
+    assert why(db, ids["root"]) == "about to go on: its children have ended, and maintain() releases it"
+    holder.rollback()
+    leftovers(db)
+    assert why(db, ids["root"]) == "no worker is live"
 
 
 def test_of_many_children_a_few_are_named(tx: Conn, worker: int) -> None:
