@@ -13,7 +13,7 @@ from pathlib import Path
 from bench import machine
 from bench.adding import adding, latency
 from bench.claims import claims
-from bench.draining import foreign, held, throughput
+from bench.draining import foreign, held, history, throughput
 from bench.report import ratio, table
 from bench.setting import QUICK, Bench, Sizes
 from bench.sides import PeerMissingError, peers, pgworker
@@ -27,6 +27,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "latency": latency,
     "held": held,
     "foreign": foreign,
+    "history": history,
     "claims": claims,
     "trees": trees,
 }

@@ -33,6 +33,21 @@ def throughput(bench: Bench) -> None:
                     bench.note(row, side, drain(bench, side, conn, processes))
 
 
+def history(bench: Bench) -> None:
+    """Drain with one process with history off, as it is, and with every job and every attempt kept, by turns."""
+    kinds = {"history_off": ("off", "0"), "history": ("on", "0"), "history_kept": ("on", "1 day")}
+    for run in range(bench.runs):
+        for row, (recorded, kept) in list(kinds.items())[:: 1 if run % 2 == 0 else -1]:
+            with bench.ours.connect(bench.server) as conn:
+                conn.execute("truncate pgworker.finished, pgworker.attempt")
+                conn.execute("select pgworker.configure('history', %s)", [recorded])
+                conn.execute("select pgworker.configure('keep_completed', %s)", [kept])
+                bench.note(row, bench.ours, drain(bench, bench.ours, conn, 1))
+    with bench.ours.connect(bench.server) as conn:
+        conn.execute("select pgworker.configure(name, null) from pgworker.settings")
+        conn.execute("truncate pgworker.finished, pgworker.attempt")
+
+
 def foreign(bench: Bench) -> None:
     """Drain with one process while due jobs of a task that it does not know lie in front of its own."""
     for _ in range(bench.runs):

@@ -3,8 +3,10 @@
 --   clock       the one place where the time comes from, so that a test can move it
 --   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
+--   attempt     runs of jobs that did not complete them
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
 --   task        task settings that somebody made (paused); no row is needed for a task to run
+--   forbidden_flag   flags that no worker takes
 --   worker      registered workers and how their presence is known
 --   interest    what workers ask for when they claim
 --   notice      what a worker has still to be told about its jobs
@@ -42,9 +44,22 @@ create table pgworker.setting (
   value text not null
 );
 comment on table pgworker.setting is
-  'Options of this installation. rescue_grace: how long a worker may be gone before its jobs are given back (interval, '
-  'default 5 seconds). allow_fake_now: on lets a session move the clock with pgworker.fake_now (tests only). '
-  'publish_events: on has changes of jobs'' states notified (publish_events() sets it).';
+  'Options of this installation that are not at their defaults; the view settings shows all of them.';
+
+-- Bound when it is created, and inlined to a constant.
+create function pgworker.default_setting(p_name text) returns text
+language sql immutable parallel safe
+return case p_name
+  when 'rescue_grace' then '5 seconds'
+  when 'keep_completed' then '0'
+  when 'keep_results' then '1 day'
+  when 'keep_failed' then '30 days'
+  when 'history' then 'on'
+  when 'publish_events' then 'off'
+  when 'allow_fake_now' then 'off'
+end;
+comment on function pgworker.default_setting(text) is
+  'Internal: what a setting is that nobody made; null for a name that is none.';
 
 -- Only reached when pgworker.fake_now is set. SECURITY DEFINER: whoever may ask for the time may not read settings.
 create function pgworker.moved_clock(p_real timestamptz) returns timestamptz
@@ -114,6 +129,9 @@ create table pgworker.job (
   on_failure      text,
   ends_as         text,
   cancel_reason   text,
+  limit_key       text,
+  unique_until    timestamptz,
+  recorded        boolean     not null default false,
   primary key (id)
 ) with (
   -- Measured: a batch updates every row of a page in one transaction, so only with half of each page free are all
@@ -127,7 +145,8 @@ comment on table pgworker.job is
   'Live jobs. locked_by says which worker runs a job; ends_as that it was asked to stop and how it will end then, '
   'cancel_reason why, cause_id because of which other job. Trees: root_id is null outside of them; slot is the part of '
   'the parent''s counter that counts this job, null if none does; gate_id the nearest job, from this one upwards, that '
-  'waits for its siblings; settled: what its end means for others is dealt with already.';
+  'waits for its siblings; settled: what its end means for others is dealt with already. unique_until: until then its key '
+  'is taken for those who ask for unique_for. recorded: there are rows of it in attempt.';
 
 -- No index and no predicate names a column that a claim changes (locked_at, locked_by, attempts): a claim then writes
 -- one heap tuple and no index entry. What a claim leaves behind in the index is jumped over by the session cursor.
@@ -170,13 +189,34 @@ create table pgworker.finished (
   result          jsonb,
   name            text,
   on_failure      text,
+  limit_key       text,
+  unique_until    timestamptz,
+  recorded        boolean     not null default false,
+  worker_id       bigint,
+  worker_name     text,
   primary key (id)
 );
 comment on table pgworker.finished is
   'Jobs that ended, until keep_until. The nodes of a tree are kept as long as its root. cause_id: because of which '
-  'other job this one failed or was cancelled.';
+  'other job this one failed or was cancelled. unique_until as in job; a cancelled one has none. recorded as in '
+  'job. worker_id, worker_name: who ran it when it ended, if it was running.';
 create index finished_keep_until on pgworker.finished (keep_until) where keep_until < 'infinity';
 create index finished_tree on pgworker.finished (root_id, parent_id) where root_id is not null;
+create index finished_unique on pgworker.finished (key) where unique_until is not null;
+
+create table pgworker.attempt (
+  job_id      bigint      not null,
+  started_at  timestamptz not null,
+  ended_at    timestamptz not null,
+  worker_id   bigint      not null,
+  attempt     smallint    not null,
+  outcome     text        not null check (outcome in ('failed', 'cancelled', 'rescued', 'released')),
+  worker_name text,
+  error       text
+);
+comment on table pgworker.attempt is
+  'Runs of jobs that did not complete them. They go when their job goes. A run that completed its job is seen in the job.';
+create index attempt_job on pgworker.attempt (job_id);
 
 create table pgworker.counter (
   job_id  bigint   not null,
@@ -231,10 +271,19 @@ comment on table pgworker.queue is
 create index queue_turn on pgworker.queue (turn);
 
 create table pgworker.task (
-  identifier text    not null primary key,
-  paused     boolean not null default false
+  identifier     text    not null primary key,
+  paused         boolean not null default false,
+  keep_completed interval,
+  keep_failed    interval
 );
+create index task_keep_completed on pgworker.task (identifier) where keep_completed is not null;
 comment on table pgworker.task is 'Settings of tasks; a task without settings has no row.';
+
+create table pgworker.forbidden_flag (
+  name         text        not null primary key,
+  forbidden_at timestamptz not null
+);
+comment on table pgworker.forbidden_flag is 'Flags that no worker takes jobs with.';
 
 create table pgworker.worker (
   id            bigint      not null default nextval('pgworker.worker_id') primary key,
@@ -285,7 +334,8 @@ select j.id, j.task_identifier, j.queue_name,
        j.payload, j.priority::int as priority, j.run_at, j.attempts::int as attempts,
        j.max_attempts::int as max_attempts, j.last_error, j.key, j.revision, j.flags, j.parent_id, j.root_id, j.name,
        j.on_failure, j.progress, null::jsonb as result, j.locked_at, j.locked_by, j.created_at,
-       null::timestamptz as finished_at, j.locked_at as started_at
+       null::timestamptz as finished_at, j.locked_at as started_at, j.limit_key,
+       case when j.ends_as is null then j.unique_until end as unique_until
 from pgworker.job j;
 comment on view pgworker.live is
   'Internal: live jobs as the view jobs shows them.';
@@ -293,14 +343,14 @@ comment on view pgworker.live is
 create view pgworker.jobs as
 select l.id, l.task_identifier, l.queue_name, l.state, l.payload, l.priority, l.run_at, l.attempts, l.max_attempts,
        l.last_error, l.key, l.revision, l.flags, l.parent_id, l.root_id, l.name, l.on_failure, l.progress, l.result,
-       l.locked_at, l.locked_by, l.created_at, l.finished_at, l.started_at
+       l.locked_at, l.locked_by, l.created_at, l.finished_at, l.started_at, l.limit_key, l.unique_until
 from pgworker.live l
 union all
 select f.id, f.task_identifier, f.queue_name, f.state,
        f.payload, f.priority::int, f.run_at, f.attempts::int,
        f.max_attempts::int, f.last_error, f.key, f.revision, f.flags, f.parent_id, f.root_id, f.name,
        f.on_failure, f.progress, f.result, null, null, f.created_at,
-       f.finished_at, f.started_at
+       f.finished_at, f.started_at, f.limit_key, f.unique_until
 from pgworker.finished f;
 comment on view pgworker.jobs is
   'One row per job that the database still knows, live or finished. state: waiting, scheduled, ready, running, '

@@ -4,6 +4,7 @@
 --   refuse_argument    the error for it
 --   spec_label         where an object stands in the input
 --   read_time          a text as a time
+--   read_interval      a text as an interval
 --   read_specs         objects whose keys are add_job's argument names, as rows
 --   refuse_spec        the error for an object that is none
 --   job_keys           those names
@@ -12,7 +13,8 @@
 
 create function pgworker.invalid_argument(
   p_identifier text, p_queue_name text, p_max_attempts numeric, p_job_key text, p_priority numeric, p_flags text[],
-  p_job_key_mode text, p_run_at timestamptz default null
+  p_job_key_mode text, p_run_at timestamptz default null, p_limit_key text default null,
+  p_unique_for interval default null, p_debounce_max interval default null
 ) returns text
 language sql stable parallel safe
 return case
@@ -25,14 +27,23 @@ return case
   when array_ndims(p_flags) = 1 and (array_position(p_flags, null) is not null
                                      or array_position(p_flags, '') is not null) then 'flags'
   when p_run_at not between '0001-01-02 00:00:00+00'::timestamptz and '9999-12-30 00:00:00+00'::timestamptz then 'run_at'
-  when p_job_key_mode not in ('replace', 'preserve_run_at', 'unsafe_dedupe') then 'job_key_mode'
+  when p_job_key_mode not in ('replace', 'preserve_run_at', 'unsafe_dedupe', 'debounce') then 'job_key_mode'
+  when length(p_limit_key) not between 1 and 512 then 'limit_key'
+  when p_unique_for is not null
+       and (p_unique_for not between interval '1 microsecond' and interval '10 years' or p_job_key is null
+            or p_job_key_mode = 'debounce') then 'unique_for'
+  when p_debounce_max is not null
+       and (p_debounce_max not between interval '1 microsecond' and interval '10 years'
+            or p_job_key_mode is distinct from 'debounce') then 'debounce_max'
 end;
-comment on function pgworker.invalid_argument(text, text, numeric, text, numeric, text[], text, timestamptz) is
+comment on function pgworker.invalid_argument(
+  text, text, numeric, text, numeric, text[], text, timestamptz, text, interval, interval) is
   'Internal: the first of add_job''s arguments that breaks its limit; null when all are good.';
 
 create function pgworker.refuse_argument(
   p_argument text, p_identifier text, p_queue_name text, p_max_attempts numeric, p_job_key text, p_priority numeric,
-  p_flags text[], p_job_key_mode text, p_run_at timestamptz default null, p_where text default '',
+  p_flags text[], p_job_key_mode text, p_run_at timestamptz default null, p_limit_key text default null,
+  p_unique_for interval default null, p_debounce_max interval default null, p_where text default '',
   p_hint text default null
 ) returns boolean
 language plpgsql stable parallel safe
@@ -66,17 +77,40 @@ begin
     when 'run_at' then
       v_says := format('must lie between the years 1 and 9999, got %s', p_run_at);
       v_hint := 'Leave it out, or null, to run now; pause_task() and pause_queue() hold work back indefinitely.';
-    else
-      v_says := format('must be one of replace, preserve_run_at, unsafe_dedupe, got %s',
+    when 'job_key_mode' then
+      v_says := format('must be one of replace, preserve_run_at, unsafe_dedupe, debounce, got %s',
                        quote_literal(left(p_job_key_mode, 200)));
       v_hint := 'Leave it out, or null, for replace.';
+    when 'limit_key' then
+      v_says := format('must be 1 to 512 characters long, got %s', length(p_limit_key));
+      v_hint := 'Leave it out, or null, for a job that only its task''s limits concern; hash a longer key.';
+    when 'unique_for' then
+      if p_unique_for not between interval '1 microsecond' and interval '10 years' then
+        v_says := format('must be longer than nothing and at most 10 years, got %s', p_unique_for);
+        v_hint := 'Give an interval such as 1 hour; leave it out, or null, for a key that is unique among live jobs only.';
+      elsif p_job_key is null then
+        v_says := format('needs a job_key, got %s without one', p_unique_for);
+        v_hint := 'The key says which jobs are the same; give one, or leave unique_for out.';
+      else
+        v_says := format('cannot be had with job_key_mode debounce, got %s', p_unique_for);
+        v_hint := 'unique_for leaves the first job as it is, debounce moves it: use one of the two.';
+      end if;
+    when 'debounce_max' then
+      if p_debounce_max not between interval '1 microsecond' and interval '10 years' then
+        v_says := format('must be longer than nothing and at most 10 years, got %s', p_debounce_max);
+        v_hint := 'Give an interval such as 5 minutes; leave it out, or null, to put the job off without end.';
+      else
+        v_says := format('needs job_key_mode debounce, got %s with %s', p_debounce_max,
+                         coalesce(p_job_key_mode, 'replace'));
+        v_hint := 'It bounds how long a job can be put off: set job_key_mode to debounce, or leave debounce_max out.';
+      end if;
   end case;
   raise exception using errcode = v_code, message = format('%s%s %s', p_where, p_argument, v_says),
     hint = coalesce(p_hint, v_hint);
 end
 $$;
 comment on function pgworker.refuse_argument(
-  text, text, text, numeric, text, numeric, text[], text, timestamptz, text, text) is
+  text, text, text, numeric, text, numeric, text[], text, timestamptz, text, interval, interval, text, text) is
   'Internal: raises 22023 (22004 for a null identifier) that names the argument, what it was and the way out, which is '
   'p_hint where it is not that of adding.';
 
@@ -117,7 +151,8 @@ begin
         hint = case when v_near is null then format('Known keys: %s.', array_to_string(p_keys, ', '))
                     else format('Did you mean %s?', quote_literal(v_near)) end;
     end if;
-    v_want := case when v_key in ('identifier', 'queue_name', 'run_at', 'job_key', 'job_key_mode', 'name', 'on_failure')
+    v_want := case when v_key in ('identifier', 'queue_name', 'run_at', 'job_key', 'job_key_mode', 'limit_key',
+                                  'unique_for', 'debounce_max', 'name', 'on_failure')
                      then 'string'
                    when v_key in ('max_attempts', 'priority') then 'number'
                    when v_key in ('flags', 'children', 'after') then 'array' end;
@@ -128,6 +163,8 @@ begin
                          left((p_spec -> v_key)::text, 200)),
         hint = case v_key when 'run_at' then 'Write a time as text, for example "2030-01-31T12:00:00Z".'
                           when 'flags' then 'Write flags as an array of strings.'
+                          when 'unique_for' then 'Write an interval as text, for example "1 hour".'
+                          when 'debounce_max' then 'Write an interval as text, for example "5 minutes".'
                           else format('Write it as a JSON %s, or leave it out.', v_want) end;
     end if;
   end loop;
@@ -164,8 +201,8 @@ $$;
 comment on function pgworker.spec_label(text, bigint, int[], int[]) is
   'Internal: what the p_n-th object is called in errors: specs[0], tree.children[2].children[0], children[1].';
 
--- The EXCEPTION block costs a subtransaction, and only jobs that name a time come here: before PostgreSQL 16 there is no
--- other way to learn that a text is no timestamp.
+-- The EXCEPTION block costs a subtransaction, and only jobs that name a time or an interval come here: before PostgreSQL 16 there is no
+-- other way to learn that a text is none.
 create function pgworker.read_time(p_time text, p_base text, p_n bigint, p_parents int[], p_places int[]) returns timestamptz
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
@@ -182,12 +219,32 @@ $$;
 comment on function pgworker.read_time(text, text, bigint, int[], int[]) is
   'Internal: a text as a time, or 22023 that names run_at.';
 
+create function pgworker.read_interval(
+  p_key text, p_interval text, p_base text, p_n bigint, p_parents int[], p_places int[]
+) returns interval
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_interval::interval;
+exception when data_exception then
+  raise exception using errcode = '22023',
+    message = format('%s.%s is not an interval: %s', pgworker.spec_label(p_base, p_n, p_parents, p_places), p_key,
+                     quote_literal(left(p_interval, 200))),
+    hint = 'Write an interval as text, for example "1 hour" or "PT90S".';
+end
+$$;
+comment on function pgworker.read_interval(text, text, text, bigint, int[], int[]) is
+  'Internal: a text as an interval, or 22023 that names the key.';
+
 create function pgworker.read_specs(p_specs jsonb[], p_keys text[], p_base text, p_parents int[], p_places int[])
 returns table (n bigint, identifier text, payload jsonb, queue_name text, run_at timestamptz, max_attempts int,
-               job_key text, priority int, flags text[], job_key_mode text)
+               job_key text, priority int, flags text[], job_key_mode text, limit_key text, unique_for interval,
+               debounce_max interval)
 language sql stable parallel safe
 begin atomic
-  select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts::int, s.job_key, s.priority::int, s.flags, s.job_key_mode
+  select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts::int, s.job_key, s.priority::int, s.flags,
+         s.job_key_mode, s.limit_key, s.unique_for, s.debounce_max
   from (
     select e.n, e.spec ->> 'identifier' as identifier,
            coalesce(nullif(e.spec -> 'payload', 'null'), '{}') as payload,
@@ -198,7 +255,13 @@ begin atomic
            (e.spec ->> 'priority')::numeric as priority,
            case when jsonb_typeof(e.spec -> 'flags') = 'array'
                 then array(select f.flag from jsonb_array_elements_text(e.spec -> 'flags') as f(flag)) end as flags,
-           e.spec ->> 'job_key_mode' as job_key_mode
+           e.spec ->> 'job_key_mode' as job_key_mode, e.spec ->> 'limit_key' as limit_key,
+           case when e.spec ->> 'unique_for' is not null
+                then pgworker.read_interval('unique_for', e.spec ->> 'unique_for', p_base, e.n, p_parents, p_places)
+           end as unique_for,
+           case when e.spec ->> 'debounce_max' is not null
+                then pgworker.read_interval('debounce_max', e.spec ->> 'debounce_max', p_base, e.n, p_parents, p_places)
+           end as debounce_max
     from unnest(p_specs) with ordinality as e(spec, n)
     where case
       when jsonb_typeof(e.spec) = 'object'
@@ -211,6 +274,9 @@ begin atomic
            and coalesce(jsonb_typeof(e.spec -> 'priority') in ('number', 'null'), true)
            and coalesce(jsonb_typeof(e.spec -> 'flags') in ('array', 'null'), true)
            and coalesce(jsonb_typeof(e.spec -> 'job_key_mode') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'limit_key') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'unique_for') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(e.spec -> 'debounce_max') in ('string', 'null'), true)
            and coalesce(jsonb_typeof(e.spec -> 'name') in ('string', 'null'), true)
            and coalesce(jsonb_typeof(e.spec -> 'on_failure') in ('string', 'null'), true)
            and coalesce(jsonb_typeof(e.spec -> 'after') in ('array', 'null'), true)
@@ -226,12 +292,13 @@ begin atomic
   ) as s
   where case
     when pgworker.invalid_argument(s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags,
-                                   s.job_key_mode, s.run_at) is null
+                                   s.job_key_mode, s.run_at, s.limit_key, s.unique_for, s.debounce_max) is null
       then true
     else pgworker.refuse_argument(
            pgworker.invalid_argument(s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags,
-                                     s.job_key_mode, s.run_at),
+                                     s.job_key_mode, s.run_at, s.limit_key, s.unique_for, s.debounce_max),
            s.identifier, s.queue_name, s.max_attempts, s.job_key, s.priority, s.flags, s.job_key_mode, s.run_at,
+           s.limit_key, s.unique_for, s.debounce_max,
            pgworker.spec_label(p_base, s.n, p_parents, p_places) || '.')
   end;
 end;
@@ -241,5 +308,5 @@ comment on function pgworker.read_specs(jsonb[], text[], text, int[], int[]) is
 create function pgworker.job_keys() returns text[]
 language sql immutable parallel safe
 return array['identifier', 'payload', 'queue_name', 'run_at', 'max_attempts', 'job_key', 'priority', 'flags',
-             'job_key_mode'];
+             'job_key_mode', 'limit_key', 'unique_for', 'debounce_max'];
 comment on function pgworker.job_keys() is 'Internal: the keys of an object that describes a job: add_job''s arguments.';

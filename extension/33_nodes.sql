@@ -142,6 +142,19 @@ begin
       'Leave it out for fail-parent.');
   end if;
 
+  -- Who would wait for a job that is another tree's, or has long been finished?
+  select s.n, k.key into v_bad
+  from unnest(p_specs) with ordinality as s(spec, n)
+  cross join unnest(array['unique_for', 'debounce_max', 'job_key_mode']) with ordinality as k(key, place)
+  where case when k.key = 'job_key_mode' then s.spec ->> k.key = 'debounce' else s.spec ->> k.key is not null end
+  order by s.n, k.place limit 1;
+  if found then
+    perform pgworker.refuse_tree(
+      format('%s.%s cannot be had in a tree, got %s', pgworker.spec_label(p_base, v_bad.n, p_parents, p_places), v_bad.key,
+             quote_literal(left(p_specs[v_bad.n] ->> v_bad.key, 200))),
+      'A node is a job of its own: leave it out, and let the job that adds the tree be the unique or debounced one.');
+  end if;
+
   select min(m.n) as n, m.name into v_bad
   from (select s.n, p_parents[s.n] as parent, s.spec ->> 'name' as name
         from unnest(p_specs) with ordinality as s(spec, n) where s.spec ->> 'name' is not null

@@ -102,7 +102,7 @@ as $$
 declare
   v_now     constant timestamptz := pgworker.clock();
   v_most    constant int := least(max_jobs, 1000000);
-  v_flags   constant text[] := nullif(get_jobs.forbidden_flags, '{}');
+  v_flags   text[] := nullif(get_jobs.forbidden_flags, '{}');
   v_text    text := current_setting('pgworker.cursor', true);
   v_whose   constant bigint := (hashtext(concat_ws(' ', worker_id, tasks::text, '/', forbidden_flags::text))
                                & 2147483647)::bigint;
@@ -141,6 +141,7 @@ begin
   -- that nobody knows would be given back by nobody.
   select w.lease, (select e.last_value from pgworker.epoch e) as epoch,
          (select array_agg(t.identifier) from pgworker.task t where t.paused) as paused,
+         (select array_agg(f.name) from pgworker.forbidden_flag f) as forbidden,
          v_brief and not exists (select from pgworker.job j where j.queue_name > '' and not j.waiting) as brief
   into v_worker
   from pgworker.worker w
@@ -150,6 +151,8 @@ begin
     raise exception using errcode = 'PW002', message = format('worker %s is unknown', coalesce(worker_id::text, 'null')),
       hint = 'Call register_worker() first; a worker that was gone for too long has to register anew.';
   end if;
+
+  v_flags := v_flags || v_worker.forbidden;
 
   if v_cursor[1] is distinct from v_whose then
     perform pgworker.note_interest(worker_id, tasks, forbidden_flags);
@@ -306,7 +309,7 @@ end
 $$;
 comment on function pgworker.get_jobs(bigint, int, text[], text[]) is
   'Claims up to max_jobs due jobs for a worker and returns them in claim order: priority, run_at, id. tasks null means '
-  'every task, an empty array none; a job with any forbidden flag is passed over. Attempts go up by one. Raises PW002 '
+  'every task, an empty array none; a job with any flag forbidden here or by forbid_flag is passed over. Attempts go up by one. Raises PW002 '
   'for an unknown worker, 22023 for max_jobs below 1.';
 
 create function pgworker.get_job(worker_id bigint, tasks text[] default null, forbidden_flags text[] default null)

@@ -11,12 +11,16 @@
 -- Locks: job rows by id, then queue rows by name; who holds a queue row waits for nobody that waits for it.
 
 -- Moves jobs out of the live table; what that means for others in their trees follows from it (57_settling.sql). What is
--- kept, and for how long: failed and cancelled jobs 30 days, completed ones one day if they have a result, belong to a
--- tree or were ended by hand (p_keep); others not at all. The nodes of a tree stay until their root goes.
+-- kept, and for how long, is the task's setting or else that of the installation: keep_failed for failed and cancelled
+-- jobs, keep_completed for completed ones, and if they have a result, belong to a tree or were ended by hand (p_keep) at
+-- least keep_results; with unique_for at least until the window ends. The nodes of a tree stay until their root goes.
+-- p_worker_id: the rows are not locked, and only those go that this worker holds (in the attempts p_attempts, if given),
+-- that nobody asked to stop and that belong to no tree. p_lost: their workers did not end them.
 create function pgworker.finish(
   p_ids bigint[], p_states text[], p_errors text[], p_results jsonb[], p_keep boolean default false,
-  p_causes bigint[] default null
-) returns void
+  p_causes bigint[] default null, p_lost boolean default false, p_worker_id bigint default null,
+  p_attempts int[] default null
+) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
@@ -27,43 +31,79 @@ set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_now   constant timestamptz := pgworker.clock();
+  v_gone  bigint[];
   v_names text[];
   v_held  bigint[];
 begin
   with ending as materialized (
-    select e.id, e.state, e.error, e.result, e.cause_id
-    from unnest(p_ids, p_states, p_errors, p_results, p_causes) as e(id, state, error, result, cause_id)
+    select e.id, e.state, e.error, e.result, e.cause_id, e.attempt
+    from unnest(p_ids, p_states, p_errors, p_results, p_causes, p_attempts) as e(id, state, error, result, cause_id, attempt)
     order by e.id
   ), gone as (
     delete from pgworker.job j
     using ending e
     where j.id = any (array[e.id])
+      and (p_worker_id is null
+           or j.locked_by = p_worker_id and (e.attempt is null or j.attempts = e.attempt)
+              and j.ends_as is null and j.root_id is null)
     returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, coalesce(e.cause_id, j.cause_id) as cause_id,
               j.revision, j.depth, j.priority, j.attempts, j.max_attempts, j.has_children, j.has_followers, e.state,
               j.task_identifier, j.payload, j.queue_name, j.key, j.flags, coalesce(e.error, j.last_error) as last_error,
-              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by
+              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by, j.limit_key,
+              case when e.state <> 'cancelled' then j.unique_until end as unique_until, j.recorded,
+              case
+                when j.parent_id is not null then 'infinity'
+                when e.state = 'completed' then greatest(
+                  j.unique_until,
+                  v_now + coalesce(
+                    (select t.keep_completed from pgworker.task t where t.identifier = j.task_identifier),
+                    greatest(coalesce((select s.value from pgworker.setting s where s.name = 'keep_completed'),
+                                      pgworker.default_setting('keep_completed'))::interval,
+                             case when p_keep or e.result is not null or j.root_id is not null
+                                  then coalesce((select s.value from pgworker.setting s where s.name = 'keep_results'),
+                                                pgworker.default_setting('keep_results'))::interval end)))
+                else greatest(
+                  case when e.state = 'failed' then j.unique_until end,
+                  v_now + coalesce(
+                    (select t.keep_failed from pgworker.task t where t.identifier = j.task_identifier),
+                    coalesce((select s.value from pgworker.setting s where s.name = 'keep_failed'),
+                             pgworker.default_setting('keep_failed'))::interval))
+              end as keep_until,
+              j.locked_by is not null and e.state <> 'completed'
+                and (select pgworker.records()) as records,
+              case when j.locked_by is not null
+                   then (select w.name from pgworker.worker w where w.id = j.locked_by) end as worker_name
+  ), noted as (
+    insert into pgworker.attempt (job_id, started_at, ended_at, worker_id, attempt, outcome, worker_name, error)
+    select g.id, g.locked_at, v_now, g.locked_by, g.attempts, case when p_lost then 'rescued' else g.state end,
+           g.worker_name, g.last_error
+    from gone g
+    where g.records and (g.root_id is not null or g.keep_until > v_now)
   ), kept as (
     insert into pgworker.finished (id, run_at, created_at, started_at, finished_at, keep_until, parent_id, root_id, cause_id,
                                    revision, depth, priority, attempts, max_attempts, has_children, has_followers,
                                    state, task_identifier, payload, queue_name, key, flags, last_error, progress,
-                                   result, name, on_failure)
-    select g.id, g.run_at, g.created_at, g.locked_at, v_now,
-           case when g.parent_id is not null then 'infinity' when g.state = 'completed' then v_now + interval '1 day'
-                else v_now + interval '30 days' end,
-           g.parent_id, g.root_id, g.cause_id, g.revision, g.depth, g.priority, g.attempts, g.max_attempts,
-           g.has_children, g.has_followers, g.state, g.task_identifier, g.payload, g.queue_name, g.key, g.flags,
-           g.last_error, g.progress, g.result, g.name, g.on_failure
+                                   result, name, on_failure, limit_key, unique_until, recorded, worker_id,
+                                   worker_name)
+    select g.id, g.run_at, g.created_at, g.locked_at, v_now, g.keep_until, g.parent_id, g.root_id, g.cause_id, g.revision,
+           g.depth, g.priority, g.attempts, g.max_attempts, g.has_children, g.has_followers, g.state, g.task_identifier, g.payload, g.queue_name, g.key, g.flags,
+           g.last_error, g.progress, g.result, g.name, g.on_failure, g.limit_key, g.unique_until,
+           g.recorded or g.records, g.locked_by, g.worker_name
     from gone g
-    where p_keep or g.state <> 'completed' or g.result is not null or g.root_id is not null
+    where g.root_id is not null or g.keep_until > v_now
   )
-  select array_agg(g.queue_name), array_agg(g.id) into v_names, v_held
-  from gone g
-  where g.queue_name is not null and g.locked_by is not null;
+  select coalesce(array_agg(g.id), '{}'),
+         array_agg(g.queue_name) filter (where g.queue_name is not null and g.locked_by is not null),
+         array_agg(g.id) filter (where g.queue_name is not null and g.locked_by is not null)
+  into v_gone, v_names, v_held
+  from gone g;
   perform pgworker.free_queues(v_names, v_held);
+  return v_gone;
 end
 $$;
-comment on function pgworker.finish(bigint[], text[], text[], jsonb[], boolean, bigint[]) is
-  'Internal: ends jobs whose rows the caller has locked.';
+comment on function pgworker.finish(
+  bigint[], text[], text[], jsonb[], boolean, bigint[], boolean, bigint, int[]) is
+  'Internal: ends jobs whose rows the caller has locked, or those of them that p_worker_id holds, and returns their ids.';
 
 create function pgworker.retry_later(p_ids bigint[], p_errors text[], p_retry_at timestamptz, p_payload jsonb)
 returns void
@@ -80,12 +120,21 @@ declare
   v_names text[];
   v_held  bigint[];
   v_soon  timestamptz;
+  v_records constant boolean := pgworker.records();
 begin
   with failed as materialized (
     select f.id, f.error from unnest(p_ids, p_errors) as f(id, error) order by f.id
+  ), noted as (
+    insert into pgworker.attempt (job_id, started_at, ended_at, worker_id, attempt, outcome, worker_name, error)
+    select r.id, r.locked_at, v_now, r.locked_by, r.attempts, 'failed',
+           (select w.name from pgworker.worker w where w.id = r.locked_by), f.error
+    from failed f
+    cross join lateral (
+      select j.id, j.locked_at, j.locked_by, j.attempts from pgworker.job j where j.id = f.id offset 0) as r
+    where v_records
   ), back as (
     update pgworker.job j
-    set locked_at = null, locked_by = null, last_error = f.error,
+    set locked_at = null, locked_by = null, last_error = f.error, recorded = j.recorded or v_records,
         run_at = coalesce(p_retry_at, greatest(v_now, j.run_at) + exp(least(j.attempts, 10)) * interval '1 second'),
         payload = coalesce(p_payload, j.payload)
     from failed f
@@ -137,6 +186,7 @@ declare
   v_completed constant bigint[] := coalesce(finish_jobs.completed, '{}');
   v_failed    constant bigint[] := coalesce(finish_jobs.failed, '{}');
   v_attempts  constant int[] := finish_jobs.attempts;
+  v_keeps     boolean := false;
   v_done      bigint[] := array[]::bigint[];
   v_left      bigint[];
   v_names     text[];
@@ -164,7 +214,17 @@ begin
   end if;
 
   -- Most jobs end like this: completed, no result, no tree, nobody asked them to stop. One delete, nothing kept.
-  if finish_jobs.results is null and cardinality(v_completed) > 0 then
+  if cardinality(v_completed) > 0 then
+    v_keeps := finish_jobs.worker_id is not null   -- to finish() null means: whoever holds them
+      and (finish_jobs.results is not null
+           or exists (select from pgworker.setting s where s.name = 'keep_completed' and s.value::interval > interval '0')
+           or exists (select from pgworker.task t where t.keep_completed is not null));
+  end if;
+  if v_keeps then
+    v_done := pgworker.finish(v_completed, array_fill('completed'::text, array[cardinality(v_completed)]), null,
+                              finish_jobs.results, p_worker_id => finish_jobs.worker_id,
+                              p_attempts => v_attempts[1:cardinality(v_completed)]);
+  elsif cardinality(v_completed) > 0 then
     with ending as materialized (
       select u.id, u.attempt from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
       order by u.id
@@ -173,6 +233,7 @@ begin
       using ending e
       where j.id = any (array[e.id]) and j.locked_by = finish_jobs.worker_id
         and (e.attempt is null or j.attempts = e.attempt) and j.ends_as is null and j.root_id is null
+        and j.unique_until is null
       returning j.id, j.queue_name
     )
     select coalesce(array_agg(g.id), '{}'), array_agg(g.queue_name) filter (where g.queue_name is not null),

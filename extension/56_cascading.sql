@@ -267,8 +267,10 @@ begin
     v_parents := array(select distinct j.parent_id from pgworker.job j where j.id = any (v_ids) and j.slot is not null
                        except select u.id from unnest(v_ids) as u(id));
     v_not := array(select p.id from pgworker.job p
-                   where p.id = any (v_parents) and not (p.id = any (p_running || p_above) and p.locked_by is not null));
-    v_not := array(select j.id from pgworker.job j where j.id = any (v_ids) and j.parent_id = any (v_not)
+                   where p.id = any (v_parents)
+                     and (p.locked_by is null or p.id not in (select u.id from unnest(p_running || p_above) as u(id))));
+    v_not := array(select j.id from pgworker.job j
+                   where j.id = any (v_ids) and (j.parent_id in (select u.id from unnest(v_not) as u(id))) is true
                    union
                    select w.id
                    from (select j.id, d.job_id
@@ -279,13 +281,15 @@ begin
                    left join unnest(v_ids || p_running) as u(id) on u.id = w.job_id
                    where u.id is null and exists (select from pgworker.job f where f.id = w.job_id offset 0));
     if cardinality(v_not) = 0 then
-      -- ... or running, held by us, but counted on by somebody.
+      -- ... or running, held by us, but counted on by somebody. One that has ended counts no more, whatever is left of its
+      -- counter.
+      v_parents := array(select p.id from pgworker.job p where p.id = any (v_parents));
+      exit when cardinality(v_parents) = 0;
       with counted as materialized (
         select distinct j.parent_id as id, s.slot
         from pgworker.job j
-        join pgworker.job p on p.id = j.parent_id  -- one that has ended counts no more, whatever is left of its counter
         cross join lateral (values (j.slot), (0::smallint)) as s(slot)
-        where j.id = any (v_ids) and j.parent_id = any (v_parents)
+        where j.id = any (v_ids) and (j.parent_id in (select u.id from unnest(v_parents) as u(id))) is true
       ), got as materialized (
         select n.id, n.slot, c.job_id is not null as is_ours
         from counted n
@@ -296,7 +300,8 @@ begin
       from got g
       where not g.is_ours
         and exists (select from pgworker.counter o where o.job_id = g.id and not o.after and o.slot = g.slot offset 0);
-      v_not := array(select j.id from pgworker.job j where j.id = any (v_ids) and j.parent_id = any (v_parents));
+      v_not := array(select j.id from pgworker.job j
+                     where j.id = any (v_ids) and (j.parent_id in (select u.id from unnest(v_parents) as u(id))) is true);
     end if;
     exit when cardinality(v_not) = 0;
     v_ids := array(select u.id from unnest(v_ids) as u(id) except select n.id from unnest(v_not) as n(id) order by 1);

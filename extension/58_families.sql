@@ -99,7 +99,8 @@ create function pgworker.job_tree(job_id bigint) returns table (
   depth int, path text, id bigint, task_identifier text, queue_name text, state text, payload jsonb, priority int,
   run_at timestamptz, attempts int, max_attempts int, last_error text, key text, revision int, flags text[],
   parent_id bigint, root_id bigint, name text, on_failure text, progress jsonb, result jsonb, locked_at timestamptz,
-  locked_by bigint, created_at timestamptz, finished_at timestamptz, started_at timestamptz
+  locked_by bigint, created_at timestamptz, finished_at timestamptz, started_at timestamptz,
+  limit_key text, unique_until timestamptz
 )
 language plpgsql stable parallel safe security definer
 set search_path = pg_catalog, pg_temp
@@ -126,7 +127,7 @@ begin
   select cardinality(p.place) - 1, p.path, n.id, n.task_identifier, n.queue_name, n.state, n.payload, n.priority, n.run_at,
          n.attempts, n.max_attempts, n.last_error, n.key, n.revision, n.flags, n.parent_id, n.root_id, n.name,
          n.on_failure, n.progress, n.result, n.locked_at, n.locked_by, n.created_at, n.finished_at,
-         n.started_at
+         n.started_at, n.limit_key, n.unique_until
   from placed p
   join node n on n.id = p.id
   order by p.place;

@@ -141,6 +141,7 @@ declare
   v_errors text[];
   v_names  text[];
   v_queued bigint[];
+  v_records constant boolean := pgworker.records();
 begin
   if p_job_ids is null then
     v_ids := array(select j.id from pgworker.job j where j.locked_by = any (p_worker_ids)
@@ -166,16 +167,23 @@ begin
   from pgworker.job j
   where j.id = any (v_ids) and (j.ends_as is not null or (not p_refund and j.attempts >= j.max_attempts));
   -- What goes back first: if it is a sibling of what fails for good, it is then cancelled with the others.
-  with back as (
+  with noted as (
+    insert into pgworker.attempt (job_id, started_at, ended_at, worker_id, attempt, outcome, worker_name, error)
+    select j.id, j.locked_at, pgworker.clock(), j.locked_by, j.attempts,
+           case when p_refund then 'released' else 'rescued' end,
+           (select w.name from pgworker.worker w where w.id = j.locked_by), case when not p_refund then j.last_error end
+    from pgworker.job j
+    where v_records and j.id = any (v_ids) and j.ends_as is null and (p_refund or j.attempts < j.max_attempts)
+  ), back as (
     update pgworker.job j
-    set locked_at = null, locked_by = null, attempts = j.attempts - p_refund::int
+    set locked_at = null, locked_by = null, attempts = j.attempts - p_refund::int, recorded = j.recorded or v_records
     where j.id = any (v_ids) and j.ends_as is null and (p_refund or j.attempts < j.max_attempts)
     returning j.id, j.queue_name
   )
   select array_agg(b.queue_name), array_agg(b.id) into v_names, v_queued from back b where b.queue_name is not null;
   perform pgworker.free_queues(v_names, v_queued);
   if v_over is not null then
-    perform pgworker.finish(v_over, v_states, v_errors, null);
+    perform pgworker.finish(v_over, v_states, v_errors, null, p_lost => not p_refund);
   end if;
   perform nextval('pgworker.epoch');               -- they lie behind the cursors
   perform pgworker.wake();
@@ -300,7 +308,7 @@ begin
     return v_next;
   end if;
   perform pgworker.rearm_events();
-  select coalesce(max(s.value)::interval, interval '5 seconds') into v_grace
+  select coalesce(max(s.value), pgworker.default_setting('rescue_grace'))::interval into v_grace
   from pgworker.setting s where s.name = 'rescue_grace';
 
   for v_worker in

@@ -1,7 +1,7 @@
 -- 70_administration.sql: what an administrator does to jobs, queues and tasks
 --
 --   complete_jobs, permanently_fail_jobs, reschedule_jobs, cancel_jobs (retry_jobs is in 75_reviving.sql)
---   force_unlock_workers, pause_queue, resume_queue, pause_task, resume_task, cleanup
+--   force_unlock_workers, pause_queue, resume_queue, pause_task, resume_task, forbid_flag, allow_flag, cleanup
 --
 -- Each changes what can be changed, touches nothing else and returns the jobs that it changed. Running jobs are left
 -- alone, but cancel_jobs asks them to stop and force_unlock_workers takes them away.
@@ -34,8 +34,13 @@ begin
                     where f.id = any (complete_jobs.job_ids) and f.state = 'failed' order by f.id for update);
   perform pgworker.finish(v_ids, array_fill('completed'::text, array[cardinality(v_ids)]), null, null, true);
   update pgworker.finished f
-  set state = 'completed', finished_at = pgworker.clock(),
-      keep_until = case when f.parent_id is null then pgworker.clock() + interval '1 day' else f.keep_until end
+  set state = 'completed', finished_at = pgworker.clock(), worker_id = null, worker_name = null,
+      keep_until = case when f.parent_id is null
+                        then greatest(f.unique_until, pgworker.clock()
+                                      + coalesce((select t.keep_completed from pgworker.task t where t.identifier = f.task_identifier),
+                                                 greatest(pgworker.interval_setting('keep_completed'),
+                                                          pgworker.interval_setting('keep_results'))))
+                        else f.keep_until end
   where f.id = any (v_failed);
   return query select r.* from pgworker.job_rows(v_ids || v_failed) r;
 end
@@ -267,6 +272,53 @@ end
 $$;
 comment on function pgworker.resume_task(text) is 'Lets a paused task go on; nothing happens if it is not paused.';
 
+create function pgworker.refuse_flag(p_flag text) returns void
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_flag is null or p_flag = '' then
+    raise exception using errcode = case when p_flag is null then '22004' else '22023' end,
+      message = format('name must not be %s', case when p_flag is null then 'null' else 'empty' end),
+      hint = 'Name the flag as jobs have it.';
+  end if;
+end
+$$;
+comment on function pgworker.refuse_flag(text) is 'Internal: raises 22023 or 22004 for what cannot be a flag.';
+
+create function pgworker.forbid_flag(name text) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pgworker.refuse_flag(forbid_flag.name);
+  insert into pgworker.forbidden_flag as f (name, forbidden_at) values (forbid_flag.name, pgworker.clock())
+  on conflict on constraint forbidden_flag_pkey do nothing;
+end
+$$;
+comment on function pgworker.forbid_flag(text) is
+  'No job with this flag is claimed by any worker until allow_flag; those that run go on.';
+
+create function pgworker.allow_flag(name text) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pgworker.refuse_flag(allow_flag.name);
+  delete from pgworker.forbidden_flag f where f.name = allow_flag.name;
+  if found then
+    perform nextval('pgworker.epoch');
+    perform pgworker.wake();
+  end if;
+end
+$$;
+comment on function pgworker.allow_flag(text) is
+  'Jobs with this flag are claimed again; nothing happens if it is not forbidden.';
+
+create view pgworker.forbidden_flags as
+select f.name, f.forbidden_at from pgworker.forbidden_flag f;
+comment on view pgworker.forbidden_flags is 'Flags that no worker takes jobs with, and since when.';
+
 create function pgworker.cleanup(
   tasks text[] default array['delete_failed_jobs', 'gc_task_identifiers', 'gc_job_queues']
 ) returns void
@@ -287,7 +339,8 @@ begin
   end if;
   if 'delete_failed_jobs' = any (cleanup.tasks) then
     -- Trees go as a whole, when they have failed as a whole.
-    delete from pgworker.finished f where f.state = 'failed' and f.root_id is null;
+    delete from pgworker.finished f where f.state = 'failed' and f.root_id is null
+      and (f.unique_until is null or f.unique_until <= pgworker.clock());
     perform pgworker.forget(array_agg(f.id), array_agg(f.id))
     from pgworker.finished f
     where f.state = 'failed' and f.root_id = f.id

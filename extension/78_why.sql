@@ -1,7 +1,9 @@
 -- 78_why.sql: why a job is not running
 --
+--   asked           what live workers ask for (a view)
 --   and_more        some of many, as a sentence lists them
 --   named           jobs, as a sentence names them
+--   flags_are       flags, as a sentence names them
 --   why_waiting     what a job of a tree waits for
 --   why_unclaimed   what keeps a job that waits for nothing from being claimed
 --   why             the public function
@@ -9,6 +11,13 @@
 -- What claims ask (40_claiming.sql, 45_queues.sql) is asked here for one job: when none of it holds the job back, the next
 -- claim of a worker that takes such jobs gets it, as soon as the jobs before it are gone. What workers take is what they
 -- last asked for (note_interest). Nothing is locked and nothing is remembered.
+
+create view pgworker.asked as
+select i.worker_id, i.tasks, i.forbidden_flags
+from pgworker.interest i
+join pgworker.presence p on p.id = i.worker_id
+where p.present;
+comment on view pgworker.asked is 'Internal: what live workers last asked for.';
 
 create function pgworker.and_more(p_some text[], p_all bigint) returns text
 language sql immutable parallel safe
@@ -30,6 +39,12 @@ end
 $$;
 comment on function pgworker.named(text, text, bigint[], text[], bigint) is
   'Internal: "child 5 (load)" or "children 5 (load), 6 (load) and 7 (draw)": the first of so many jobs.';
+
+create function pgworker.flags_are(p_flags text[]) returns text
+language sql immutable parallel safe
+return case when cardinality(p_flags) = 1 then 'flag ' || p_flags[1] || ' is'
+            else 'flags ' || pgworker.and_more(p_flags, cardinality(p_flags)) || ' are' end;
+comment on function pgworker.flags_are(text[]) is 'Internal: "flag slow is", "flags slow and big are".';
 
 create function pgworker.why_waiting(p_id bigint) returns text
 language plpgsql stable parallel safe
@@ -84,6 +99,7 @@ as $$
 declare
   v_now    constant timestamptz := pgworker.clock();
   v_paused constant text[] := array(select t.identifier from pgworker.task t where t.paused);
+  v_forbidden constant text[] := array(select f.name from pgworker.forbidden_flag f);
   v_job    record;
   v_queue  record;
   v_live   record;
@@ -110,31 +126,28 @@ begin
     v_causes := v_causes || format('behind job %s, which runs in queue %s', v_queue.job_id, v_job.queue_name);
   end if;
 
-  select count(distinct p.id) as workers,
-         count(distinct p.id) filter (where t.knows) as knowing,
-         count(distinct p.id) filter (where t.knows and not t.forbids) as taking
+  v_flags := array(select u.flag from unnest(v_job.flags) with ordinality as u(flag, n)
+                   where u.flag = any (v_forbidden) order by u.n);
+  if cardinality(v_flags) > 0 then
+    v_causes := v_causes || (pgworker.flags_are(v_flags) || ' forbidden (forbid_flag)');
+  end if;
+
+  select count(distinct a.worker_id) as knowing,
+         count(distinct a.worker_id) filter (where not coalesce(a.forbidden_flags && v_job.flags, false)) as taking
   into v_live
-  from pgworker.presence p
-  left join pgworker.interest i on i.worker_id = p.id
-  cross join lateral (
-    select i.worker_id is not null and (i.tasks is null or v_job.task_identifier = any (i.tasks)) as knows,
-           coalesce(i.forbidden_flags && v_job.flags, false) as forbids) as t
-  where p.present;
-  if v_live.workers = 0 then
-    v_causes := v_causes || 'no worker is live'::text;
-  elsif v_live.knowing = 0 then
-    v_causes := v_causes || format('no live worker knows task %s', v_job.task_identifier);
+  from pgworker.asked a
+  where a.tasks is null or v_job.task_identifier = any (a.tasks);
+  if v_live.knowing = 0 then
+    v_causes := v_causes || case when exists (select from pgworker.presence p where p.present)
+                                 then format('no live worker knows task %s', v_job.task_identifier)
+                                 else 'no worker is live' end;
   elsif v_live.taking = 0 then
     v_flags := array(select u.flag from unnest(v_job.flags) with ordinality as u(flag, n)
-                     where exists (select from pgworker.presence p
-                                   join pgworker.interest i on i.worker_id = p.id
-                                   where p.present and (i.tasks is null or v_job.task_identifier = any (i.tasks))
-                                     and u.flag = any (i.forbidden_flags))
+                     where exists (select from pgworker.asked a
+                                   where (a.tasks is null or v_job.task_identifier = any (a.tasks))
+                                     and u.flag = any (a.forbidden_flags))
                      order by u.n);
-    v_causes := v_causes || (case when cardinality(v_flags) = 1 then 'flag ' else 'flags ' end
-                             || pgworker.and_more(v_flags, cardinality(v_flags))
-                             || case when cardinality(v_flags) = 1 then ' is' else ' are' end
-                             || ' forbidden by all live workers that know the task');
+    v_causes := v_causes || (pgworker.flags_are(v_flags) || ' forbidden by all live workers that know the task');
   end if;
   if cardinality(v_causes) > 0 then
     return array_to_string(v_causes, '; ');
@@ -142,18 +155,17 @@ begin
 
   -- The queue is free, so each worker would take the first job in it that it may take.
   select case when count(h.id) = count(*) then min(h.id) end into v_head
-  from pgworker.presence p
-  join pgworker.interest i on i.worker_id = p.id
+  from pgworker.asked a
   left join lateral (
     select o.id from pgworker.job o
     where o.queue_name = v_job.queue_name and o.queue_name > '' and not o.waiting
       and (o.priority, o.run_at, o.id) < (v_job.priority, v_job.run_at, p_id)
       and o.run_at <= v_now and o.locked_by is null
-      and (i.tasks is null or o.task_identifier = any (i.tasks)) and o.task_identifier <> all (v_paused)
-      and not coalesce(i.forbidden_flags && o.flags, false)
+      and (a.tasks is null or o.task_identifier = any (a.tasks)) and o.task_identifier <> all (v_paused)
+      and not coalesce(o.flags && (a.forbidden_flags || v_forbidden), false)
     order by o.priority, o.run_at, o.id limit 1) as h on true
-  where p.present and (i.tasks is null or v_job.task_identifier = any (i.tasks))
-    and not coalesce(i.forbidden_flags && v_job.flags, false);
+  where (a.tasks is null or v_job.task_identifier = any (a.tasks))
+    and not coalesce(a.forbidden_flags && v_job.flags, false);
   if v_head is not null then
     return format('behind job %s, which comes before it in queue %s', v_head, v_job.queue_name);
   end if;

@@ -102,7 +102,7 @@ set jit = off
 as $$
 declare
   v_late constant timestamptz := p_now - interval '1 minute'
-    - coalesce((select s.value from pgworker.setting s where s.name = 'rescue_grace'), '5 seconds')::interval;
+    - pgworker.interval_setting('rescue_grace');
 begin
   return query
   with held as (
@@ -153,12 +153,10 @@ begin
     where not j.waiting and j.locked_by is null and j.run_at < p_now - interval '1 minute'
       and not exists (select from pgworker.task t where t.identifier = j.task_identifier and t.paused)
       and not exists (select from pgworker.queue q where q.name = j.queue_name and q.paused)
+      and not exists (select from pgworker.forbidden_flag f where f.name = any (j.flags))
     group by j.task_identifier, j.flags
   ), asked as materialized (
-    select i.tasks, i.forbidden_flags
-    from pgworker.interest i
-    join pgworker.presence p on p.id = i.worker_id
-    where p.present
+    select a.tasks, a.forbidden_flags from pgworker.asked a
   ), left_lying as (
     select d.jobs, d.since, case when v_live then d.task_identifier end as task,
            exists (select from asked a where a.tasks is null or d.task_identifier = any (a.tasks)) as known

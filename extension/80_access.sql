@@ -27,9 +27,9 @@ begin
   execute format('grant usage on schema pgworker to %s', role);
   execute format(
     'grant execute on function pgworker.version(), '
-    'pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text), '
-    'pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text), '
-    'pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text), '
+    'pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text, text, interval, interval), '
+    'pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text, text, interval, interval), '
+    'pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text, text, interval, interval), '
     'pgworker.add_jobs(jsonb), pgworker.add_job_tree(jsonb), pgworker.trigger_job() to %s', role);
 end
 $$;
@@ -66,10 +66,10 @@ as $$
 begin
   perform pgworker.refuse_role(role);
   execute format('grant usage on schema pgworker to %s', role);
-  execute format('grant select on pgworker.jobs to %s', role);
-  -- clock, moved_clock and job_state: a view's functions run with the rights of who reads it
+  execute format('grant select on pgworker.jobs, pgworker.job_attempts, pgworker.forbidden_flags, pgworker.settings to %s', role);
+  -- clock, moved_clock and the like: a view's functions run with the rights of who reads it
   execute format('grant execute on function pgworker.version(), pgworker.clock(timestamptz), '
-                 'pgworker.job_state(bigint, boolean, timestamptz, timestamptz), '
+                 'pgworker.job_state(bigint, boolean, timestamptz, timestamptz), pgworker.default_setting(text), pgworker.known_settings(), '
                  'pgworker.moved_clock(timestamptz), pgworker.next_run_at(text[]), pgworker.children(bigint), '
                  'pgworker.get_children_values(bigint), pgworker.get_failed_children_values(bigint), '
                  'pgworker.job_tree(bigint), pgworker.tree_progress(bigint), pgworker.audit(), '

@@ -3,11 +3,13 @@
 select pg_catalog.pg_extension_config_dump('pgworker.setting', '');
 select pg_catalog.pg_extension_config_dump('pgworker.job', '');
 select pg_catalog.pg_extension_config_dump('pgworker.finished', '');
+select pg_catalog.pg_extension_config_dump('pgworker.attempt', '');
 select pg_catalog.pg_extension_config_dump('pgworker.counter', '');
 select pg_catalog.pg_extension_config_dump('pgworker.dependency', '');
 select pg_catalog.pg_extension_config_dump('pgworker.unsettled', '');
 select pg_catalog.pg_extension_config_dump('pgworker.queue', '');
 select pg_catalog.pg_extension_config_dump('pgworker.task', '');
+select pg_catalog.pg_extension_config_dump('pgworker.forbidden_flag', '');
 select pg_catalog.pg_extension_config_dump('pgworker.worker', '');
 select pg_catalog.pg_extension_config_dump('pgworker.interest', '');
 select pg_catalog.pg_extension_config_dump('pgworker.notice', '');

@@ -4,8 +4,11 @@ The queue's rules live in the database; the reference of the SQL functions says 
 """
 
 from pgworker_client.administration import (
+    allow_flag,
     cancel_jobs,
     complete_jobs,
+    configure,
+    forbid_flag,
     permanently_fail_jobs,
     reschedule_jobs,
     retry_jobs,
@@ -56,10 +59,13 @@ __all__ = [
     "add_job",
     "add_job_tree",
     "add_jobs",
+    "allow_flag",
     "cancel_jobs",
     "children",
     "complete_jobs",
+    "configure",
     "doctor",
+    "forbid_flag",
     "get_children_values",
     "get_failed_children_values",
     "job_tree",

@@ -59,3 +59,25 @@ def retry_jobs(job_ids: Iterable[int]) -> Request[list[JobRow]]:
 def cancel_jobs(job_ids: Iterable[int], reason: str | None = None) -> Request[list[JobRow]]:
     """Cancel jobs: at once those that do not run, the running ones are asked to stop."""
     return _on_jobs("cancel_jobs(%s::bigint[], %s::text)", job_ids, reason)
+
+
+def _nothing(rows: list[tuple[Any, ...]]) -> None:
+    """What functions that return void have to say."""
+
+
+@on_connection
+def forbid_flag(name: str) -> Request[None]:
+    """Let no worker claim jobs with that flag until `allow_flag`; those that run go on."""
+    return Request("select pgworker.forbid_flag(%s::text)", (name,), _nothing)
+
+
+@on_connection
+def allow_flag(name: str) -> Request[None]:
+    """Let workers claim jobs with that flag again."""
+    return Request("select pgworker.allow_flag(%s::text)", (name,), _nothing)
+
+
+@on_connection
+def configure(name: str, value: str | None) -> Request[None]:
+    """Change a setting of the installation, one of the view ``pgworker.settings``; None goes back to its default."""
+    return Request("select pgworker.configure(%s::text, %s::text)", (name, value), _nothing)

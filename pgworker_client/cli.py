@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--run-at", metavar="TIME", help="ISO 8601; without an offset it is local time")
     job.add_argument("--max-attempts", type=int, metavar="N")
     job.add_argument("--key", help="job key: unique among live jobs")
-    job.add_argument("--key-mode", choices=["replace", "preserve_run_at", "unsafe_dedupe"])
+    job.add_argument("--key-mode", choices=["replace", "preserve_run_at", "unsafe_dedupe", "debounce"])
     job.add_argument("--priority", type=int, metavar="N", help="lower runs sooner")
     job.add_argument("--flag", action="append", metavar="FLAG", help="may be given more than once")
 

@@ -7,13 +7,13 @@ Limits are checked by the database, which names the argument in its error (SQLST
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal, Required, TypedDict, Unpack, cast
 
 from pgworker_client.job import JOB_COLUMNS, JobRow, to_json
 from pgworker_client.on_connection import Request, on_connection
 
-KeyMode = Literal["replace", "preserve_run_at", "unsafe_dedupe"]
+KeyMode = Literal["replace", "preserve_run_at", "unsafe_dedupe", "debounce"]
 
 
 class JobOptions(TypedDict, total=False):
@@ -26,6 +26,9 @@ class JobOptions(TypedDict, total=False):
     priority: int | None
     flags: Sequence[str] | None
     job_key_mode: KeyMode | None
+    limit_key: str | None
+    unique_for: timedelta | None
+    debounce_max: timedelta | None
 
 
 class JobSpec(JobOptions, total=False):
@@ -60,6 +63,13 @@ def aware(what: str, value: datetime | None) -> datetime | None:
     return value
 
 
+def span(what: str, value: timedelta | None) -> timedelta | None:
+    """``value`` if it is a timedelta, or None; TypeError, naming ``what``, otherwise."""
+    if value is not None and not isinstance(value, timedelta):
+        raise TypeError(f"{what} must be a timedelta, not {value!r}")
+    return value
+
+
 def refuse_unknown(call: str, options: Mapping[str, Any], *others: str) -> None:
     """TypeError, naming it and what there is, for an option that `JobOptions` does not know."""
     unknown = sorted(options.keys() - JobOptions.__annotations__.keys())
@@ -73,6 +83,9 @@ def plain_spec(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     plain = {**spec}
     if plain.get("run_at") is not None:
         plain["run_at"] = cast("datetime", aware(f"{where}run_at", plain["run_at"])).isoformat()
+    for key in ("unique_for", "debounce_max"):
+        if (length := span(where + key, plain.get(key))) is not None:
+            plain[key] = f"{length.days} days {length.seconds} seconds {length.microseconds} microseconds"
     if plain.get("flags") is not None and not isinstance(plain["flags"], str):
         plain["flags"] = list(plain["flags"])
     return plain
@@ -86,8 +99,10 @@ def add_job(identifier: str, payload: Any = None, **options: Unpack[JobOptions])
         identifier: the task that is to handle it, 1 to 128 characters.
         payload: anything that JSON can hold; None stands for ``{}``.
         **options: ``queue_name`` (a serial queue), ``run_at`` (an aware datetime), ``max_attempts``, ``job_key`` with
-            ``job_key_mode`` (``replace``, ``preserve_run_at``, ``unsafe_dedupe``), ``priority`` (lower runs sooner),
-            ``flags``.
+            ``job_key_mode`` (``replace``, ``preserve_run_at``, ``unsafe_dedupe``, ``debounce``), ``priority`` (lower
+            runs sooner), ``flags``, ``limit_key`` (whom the limits of its task are counted for), ``unique_for`` (a
+            timedelta: so long the first job with that key is returned instead, finished or not), ``debounce_max`` (a
+            timedelta: the job is put off no longer than that after its first add).
 
     ``conn`` is any psycopg connection or cursor; with an async one the call returns an awaitable. Nothing is committed.
     """
@@ -102,7 +117,8 @@ def job_request(identifier: str, payload: Any, options: JobOptions) -> Request[J
         raise TypeError(f"flags must be a list of flags, not the text {flags!r}")
     return Request(
         f"select {JOB_COLUMNS} from pgworker.add_job("
-        "%s::text, %s::jsonb, %s::text, %s::timestamptz, %s::int, %s::text, %s::int, %s::text[], %s::text)",
+        "%s::text, %s::jsonb, %s::text, %s::timestamptz, %s::int, %s::text, %s::int, %s::text[], %s::text, "
+        "%s::text, %s::interval, %s::interval)",
         (
             identifier,
             None if payload is None else to_json(f"payload of job {identifier!r}", payload),
@@ -113,6 +129,9 @@ def job_request(identifier: str, payload: Any, options: JobOptions) -> Request[J
             options.get("priority"),
             None if flags is None else list(flags),
             options.get("job_key_mode"),
+            options.get("limit_key"),
+            span("unique_for", options.get("unique_for")),
+            span("debounce_max", options.get("debounce_max")),
         ),
         one_job,
     )

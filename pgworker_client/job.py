@@ -100,6 +100,8 @@ class JobRow:
     created_at: datetime
     finished_at: datetime | None
     started_at: datetime | None
+    limit_key: str | None
+    unique_until: datetime | None
 
 
 #: Named one by one: a newer schema may append columns.

@@ -14,11 +14,15 @@ from psycopg.rows import dict_row
 
 import pgworker_client
 from pgworker_client import (
+    JobOptions,
     JobRow,
     add_job,
     add_jobs,
+    allow_flag,
     cancel_jobs,
     complete_jobs,
+    configure,
+    forbid_flag,
     permanently_fail_jobs,
     remove_job,
     reschedule_jobs,
@@ -197,6 +201,33 @@ def test_steering_jobs_returns_those_that_changed(db: Db) -> None:
     assert [job.state for job in cancel_jobs(db, [two.id], reason="obsolete")] == ["cancelled"]
     assert {job.state for job in retry_jobs(db, ids)} <= {"ready", "scheduled"}
     assert [job.state for job in complete_jobs(db, ids)] == ["completed"] * 2
+
+
+def test_windows_are_timedeltas_alone_in_specs_and_in_any_dict(db: Db) -> None:
+    hour, wide = timedelta(hours=1), timedelta(days=-1, microseconds=-5) * -3
+    first = add_job(db, "t", job_key="k", unique_for=wide, limit_key="ada")
+    assert (first.unique_until, first.limit_key) == (first.created_at + wide, "ada")
+    (again,) = add_jobs(db, [{"identifier": "u", "job_key": "k", "unique_for": hour}])
+    assert again == first
+    later = datetime(2100, 1, 1, tzinfo=UTC)
+    bounded: JobOptions = {"run_at": later, "job_key_mode": "debounce", "debounce_max": hour}
+    for job in (add_job(db, "t", **bounded), *add_jobs(db, [{"identifier": "t", **bounded}])):
+        assert job.run_at == job.created_at + hour
+    with pytest.raises(TypeError, match="unique_for must be a timedelta, not 3600"):
+        add_job(db, "t", unique_for=3600)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"specs\[0\].debounce_max must be a timedelta, not '1 hour'"):
+        add_jobs(db, [{"identifier": "t", "debounce_max": "1 hour"}])
+
+
+def test_flags_and_settings_are_changed_from_python_too(db: Db) -> None:
+    forbid_flag(db, "slow")
+    configure(db, "keep_failed", "1 week")
+    assert db.execute("select name from pgworker.forbidden_flags").fetchall() == [("slow",)]
+    assert db.execute("select value from pgworker.settings where name = 'keep_failed'").fetchone() == ("1 week",)
+    allow_flag(db, "slow")
+    configure(db, "keep_failed", None)
+    assert db.execute("select count(*) from pgworker.forbidden_flags").fetchone() == (0,)
+    assert db.execute("select value from pgworker.settings where name = 'keep_failed'").fetchone() == ("30 days",)
 
 
 @pytest.mark.parametrize("name", ["add_job", "add_jobs", "remove_job", "cancel_jobs", "retry_jobs"])

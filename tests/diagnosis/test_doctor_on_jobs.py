@@ -39,7 +39,9 @@ def test_nothing_is_found_on_a_healthy_installation(db: Conn) -> None:
     call(db, "pause_task", "a")
     call(db, "pause_queue", "q")
     add(db)
+    call(db, "forbid_flag", "never")
     add(db, "b", queue_name="q")
+    add(db, "b", flags=["never"])
     claim_ids(db, worker, tasks=[])
     assert found(db) == []
     claim_ids(db, worker, 2)

@@ -87,6 +87,16 @@ def test_flags_that_all_live_workers_forbid(tx: Conn, worker: int) -> None:
     assert claim_ids(tx, other, tasks=["a", "b"], forbidden_flags=["other"]) == [job]
 
 
+def test_flags_that_the_database_forbids(tx: Conn, worker: int) -> None:
+    first = add(tx, flags=["slow"], queue_name="q")["id"]
+    second = add(tx, queue_name="q")["id"]
+    call(tx, "forbid_flag", "slow")
+    assert why(tx, first) == "flag slow is forbidden (forbid_flag)"
+    assert why(tx, second).startswith("ready")
+    call(tx, "allow_flag", "slow")
+    assert why(tx, second) == f"behind job {first}, which comes before it in queue q"
+
+
 def test_a_task_that_no_live_worker_knows(tx: Conn, worker: int) -> None:
     job = add(tx)["id"]
     claim_ids(tx, worker, tasks=["b"])

@@ -25,6 +25,10 @@ class Job:
     revision: int = 0
     holder: int | None = None
     stopping: bool = False
+    created_at: int = 0
+
+
+DEBOUNCE_MAX = 3_000_000  # microseconds
 
 
 @dataclass
@@ -39,12 +43,18 @@ class Model:
         if old and mode == "unsafe_dedupe":
             old.revision += 1
             return old.id
+        if mode == "debounce":
+            new.run_at = min(new.run_at if run_at_given else self.now, self.now + DEBOUNCE_MAX)
         if old and old.holder is None:
             both = isinstance(old.payload, list) and isinstance(new.payload, list)
             payload = old.payload + new.payload if both else new.payload  # type: ignore[operator]
             stays = mode == "preserve_run_at" and old.attempts == 0
             run_at = old.run_at if stays else new.run_at if run_at_given else self.now
-            self.live[old.id] = replace(new, id=old.id, payload=payload, run_at=run_at, revision=old.revision + 1)
+            if mode == "debounce" and old.attempts == 0:
+                run_at = min(run_at, old.created_at + DEBOUNCE_MAX)
+            self.live[old.id] = replace(
+                new, id=old.id, payload=payload, run_at=run_at, revision=old.revision + 1, created_at=old.created_at
+            )
             return old.id
         if old:
             old.key, old.max_attempts = None, old.attempts

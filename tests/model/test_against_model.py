@@ -20,7 +20,7 @@ from psycopg.types.json import Jsonb
 from tests.clock import move_clock
 from tests.connections import Connections
 from tests.invariants import violations
-from tests.model.queue_model import Job, Model, Payload
+from tests.model.queue_model import DEBOUNCE_MAX, Job, Model, Payload
 
 Conn = psycopg.Connection[Any]
 
@@ -38,7 +38,7 @@ _START = datetime(2031, 5, 17, 10, tzinfo=UTC)
 tasks = st.sampled_from(["a", "b"])
 queues = st.sampled_from([None, None, "p", "q"])
 keys = st.sampled_from([None, None, "k", "l"])
-modes = st.sampled_from(["replace", "preserve_run_at", "unsafe_dedupe"])
+modes = st.sampled_from(["replace", "preserve_run_at", "unsafe_dedupe", "debounce"])
 flags = st.sampled_from([(), (), ("x",), ("x", "y")])
 payloads = st.one_of(st.lists(st.integers(0, 9), max_size=2), st.dictionaries(st.just("n"), st.integers(0, 9)))
 priorities = st.sampled_from([0, 0, 0, -1, 1])
@@ -104,19 +104,23 @@ class Queue(RuleBasedStateMachine):
     def _held(self, worker: int, chosen: list[int]) -> list[int]:
         return self._of(sorted(id for id, job in self.model.live.items() if job.holder == self.workers[worker]), chosen)
 
+    @staticmethod
+    def _bound(spec: dict[str, Any]) -> str | None:
+        return f"{DEBOUNCE_MAX} microseconds" if spec["mode"] == "debounce" else None
+
     def _added(self, id: int, spec: dict[str, Any]) -> int:
         now, delay = self.model.now, spec["delay"]
         payload: Payload = spec["payload"]
         job = Job(id, spec["task"], payload, now if delay is None else now + delay * _SECOND, spec["queue"],
-                  spec["most"], spec["key"], spec["priority"], spec["flags"])  # fmt: skip
+                  spec["most"], spec["key"], spec["priority"], spec["flags"], created_at=now)  # fmt: skip
         return self.model.add(job, spec["mode"], run_at_given=delay is not None)
 
     @rule(spec=st.fixed_dictionaries(added))
     def add_job(self, spec: dict[str, Any]) -> None:
         ((id,),) = self.call(
-            "select id from pgworker.add_job(%s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            "select id from pgworker.add_job(%s, %s, %s, %s, %s, %s, %s, %s, %s, debounce_max => %s)",
             *(spec["task"], Jsonb(spec["payload"]), spec["queue"], self._at(spec["delay"], self.model.now + 1_000)),
-            *(spec["most"], spec["key"], spec["priority"], list(spec["flags"]), spec["mode"]),
+            *(spec["most"], spec["key"], spec["priority"], list(spec["flags"]), spec["mode"], self._bound(spec)),
         )
         assert self._added(id, spec) == id
 
@@ -130,7 +134,7 @@ class Queue(RuleBasedStateMachine):
                 "identifier": spec["task"], "payload": spec["payload"], "queue_name": spec["queue"],
                 "run_at": self._at(spec["delay"], self.model.now + 1_000), "max_attempts": spec["most"],
                 "job_key": spec["key"], "priority": spec["priority"], "flags": spec["flags"],
-                "job_key_mode": spec["mode"],
+                "job_key_mode": spec["mode"], "debounce_max": self._bound(spec),
             }
             for spec in specs
         ]  # fmt: skip

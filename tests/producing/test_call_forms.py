@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import psycopg
 import pytest
@@ -35,6 +36,11 @@ from tests.connections import Connections
         ("'a', queue_name := 'q', priority := 3", {}),
         ("'a', '{}', 'q', now(), 3, 'k', 1, '{x}', 'replace'", {}),
         ("'a', '{}'::json, 'q', now(), 3, 'k', 1, array['x'], 'replace'", {}),
+        ("'a', '{}', 'q', now(), 3, 'k', 1, '{x}', 'replace', 'ada', '1 hour'", {}),
+        ("'a', '{}'::json, 'q', now(), 3, 'k', 1, '{x}', 'debounce', 'ada', null, interval '1 hour'", {}),
+        ("'a', '{}'::jsonb, 'q', now(), 3, 'k', 1, '{x}', 'debounce', 'ada', null, '1 hour'", {}),
+        ("'a', job_key => 'k', unique_for => '1 hour'", {}),
+        ("'a', limit_key => 'ada'", {}),
     ],
 )
 def test_no_way_of_writing_the_payload_is_ambiguous(tx: Conn, arguments: str, payload: object) -> None:
@@ -49,8 +55,9 @@ def test_every_overload_passes_on_every_argument(tx: Conn, payload: str) -> None
     job = row(
         tx,
         f"select * from pgworker.add_job('a', '{{\"n\": 1}}'{payload}, 'q', '2100-01-01 00:00+00', 7, 'k', -3, "
-        "array['x', 'y'], 'unsafe_dedupe')",
+        "array['x', 'y'], 'unsafe_dedupe', 'ada', '1 hour')",
     )
+    assert (job["limit_key"], job["unique_until"] - job["created_at"]) == ("ada", timedelta(hours=1))
     assert (job["payload"], job["queue_name"], job["max_attempts"], job["key"], job["priority"], job["flags"]) == (
         {"n": 1}, "q", 7, "k", -3, ["x", "y"],
     )  # fmt: skip
@@ -60,6 +67,12 @@ def test_every_overload_passes_on_every_argument(tx: Conn, payload: str) -> None
         tx, f"select * from pgworker.add_job('b', '{{}}'{payload}, job_key := 'k', job_key_mode := 'unsafe_dedupe')"
     )
     assert (again["id"], again["task_identifier"], again["revision"]) == (job["id"], "a", 1)
+    bounded = row(
+        tx,
+        f"select * from pgworker.add_job('b', '{{}}'{payload}, run_at := '2100-01-01 00:00+00', job_key_mode := "
+        "'debounce', debounce_max := '1 hour')",
+    )
+    assert bounded["run_at"] - bounded["created_at"] == timedelta(hours=1)
 
 
 def test_omitted_arguments_get_their_documented_defaults(tx: Conn) -> None:
@@ -72,13 +85,14 @@ def test_omitted_arguments_get_their_documented_defaults(tx: Conn) -> None:
         "task_identifier": "a", "queue_name": None, "state": "ready", "payload": {}, "priority": 0, "attempts": 0,
         "max_attempts": 25, "last_error": None, "key": None, "revision": 0, "flags": None, "parent_id": None,
         "root_id": None, "name": None, "on_failure": None, "progress": None, "result": None, "locked_at": None,
-        "locked_by": None, "finished_at": None, "started_at": None, "due_now": True, "created_now": True,
+        "locked_by": None, "finished_at": None, "started_at": None, "limit_key": None, "unique_until": None,
+        "due_now": True, "created_now": True,
     }  # fmt: skip
 
 
 def test_null_arguments_mean_the_defaults(tx: Conn) -> None:
     left_out = row(tx, "select * from pgworker.add_job('a')")
-    nulls = row(tx, "select * from pgworker.add_job('a', null, null, null, null, null, null, null, null)")
+    nulls = row(tx, f"select * from pgworker.add_job('a', {', '.join(['null'] * 11)})")
     assert nulls.pop("id") > left_out.pop("id")
     assert nulls == left_out
 
@@ -114,7 +128,7 @@ def test_a_payload_that_is_no_json_is_refused_by_name_and_adds_nothing(
 
 def test_a_payload_of_type_jsonb_costs_no_subtransaction(tx: Conn) -> None:
     # The lint allows the name, which the overload for text needs; this one is the hot path.
-    hot = "pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text)"
+    hot = "pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text, text, interval, interval)"
     for function in (hot, "pgworker.put_job", "pgworker.invalid_argument"):
         kind = "regprocedure" if "(" in function else "regproc"
         assert value(tx, f"select prosrc !~* 'exception\\s+when' from pg_proc where oid = %s::{kind}", function)

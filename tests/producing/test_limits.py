@@ -29,9 +29,19 @@ TOO_FAR = [
     ("run_at", "0044-03-15 00:00+00 BC", "between the years 1 and 9999, got 0044-03-15"),
     ("flags", [""], "without NULL or empty members"),
     ("flags", ["x", None], "without NULL or empty members"),
-    ("job_key_mode", "", "one of replace, preserve_run_at, unsafe_dedupe, got ''"),
-    ("job_key_mode", "Replace", "one of replace, preserve_run_at, unsafe_dedupe, got 'Replace'"),
-    ("job_key_mode", "merge", "one of replace, preserve_run_at, unsafe_dedupe, got 'merge'"),
+    ("job_key_mode", "", "one of replace, preserve_run_at, unsafe_dedupe, debounce, got ''"),
+    ("job_key_mode", "Replace", "one of replace, preserve_run_at, unsafe_dedupe, debounce, got 'Replace'"),
+    ("limit_key", "", "1 to 512 characters long, got 0"),
+    ("limit_key", "x" * 513, "1 to 512 characters long, got 513"),
+    ("unique_for", "0", "longer than nothing and at most 10 years, got 00:00:00"),
+    ("unique_for", "-1 hour", "longer than nothing and at most 10 years, got -01:00:00"),
+    ("unique_for", "11 years", "longer than nothing and at most 10 years, got 11 years"),
+    ("unique_for", "1 hour", "needs a job_key, got 01:00:00 without one"),
+    ("debounce_max", "0", "longer than nothing and at most 10 years, got 00:00:00"),
+    ("debounce_max", "-1 hour", "longer than nothing and at most 10 years, got -01:00:00"),
+    ("debounce_max", "11 years", "longer than nothing and at most 10 years, got 11 years"),
+    ("debounce_max", "1 hour", "needs job_key_mode debounce, got 01:00:00 with replace"),
+    ("job_key_mode", "merge", "one of replace, preserve_run_at, unsafe_dedupe, debounce, got 'merge'"),
 ]
 
 AT_THE_EDGE = [
@@ -47,6 +57,8 @@ AT_THE_EDGE = [
     ("priority", 32767),
     ("flags", ["x"]),
     ("flags", ["é" * 1000]),
+    ("limit_key", "x"),
+    ("limit_key", "é" * 512),
 ]
 
 _COLUMNS = {"identifier": "task_identifier", "job_key": "key"}
@@ -64,7 +76,7 @@ def _add_one(conn: Conn, name: str, given: Any) -> Row:
 
 @pytest.mark.parametrize(("name", "given", "says"), TOO_FAR, ids=_id)
 def test_add_job_refuses_what_is_out_of_its_limits(tx: Conn, name: str, given: Any, says: str) -> None:
-    with refused(tx, "22023", f"{name} must ", says):
+    with refused(tx, "22023", name, says):
         _add_one(tx, name, given)
 
 
@@ -77,7 +89,7 @@ def test_no_overload_lets_a_limit_be_passed(tx: Conn, payload: str) -> None:
 @pytest.mark.parametrize(("name", "given", "says"), TOO_FAR, ids=_id)
 def test_add_jobs_refuses_the_same_and_says_in_which_spec(tx: Conn, name: str, given: Any, says: str) -> None:
     specs = [{"identifier": "fine", "job_key": "k"}, {"identifier": "a"} | {name: given}, {"identifier": "fine"}]
-    with refused(tx, "22023", f"specs[1].{name} must ", says):
+    with refused(tx, "22023", f"specs[1].{name} ", says):
         call(tx, "add_jobs", Jsonb(specs))
 
 
@@ -112,7 +124,7 @@ def test_a_spec_without_identifier_is_refused(tx: Conn, spec: dict[str, Any]) ->
         call(tx, "add_jobs", Jsonb([spec]))
 
 
-@pytest.mark.parametrize("mode", ["replace", "preserve_run_at", "unsafe_dedupe", None])
+@pytest.mark.parametrize("mode", ["replace", "preserve_run_at", "unsafe_dedupe", "debounce", None])
 def test_every_mode_is_taken_without_a_key_too(tx: Conn, mode: str | None) -> None:
     assert _add_one(tx, "job_key_mode", mode)["revision"] == 0
     assert call(tx, "add_jobs", Jsonb([{"identifier": "a", "job_key_mode": mode}]))[0]["revision"] == 0
@@ -181,3 +193,55 @@ def test_adding_makes_no_row_for_queue_or_task(tx: Conn) -> None:
     add(tx, "some-task", queue_name="some-queue", job_key="k")
     call(tx, "add_jobs", Jsonb([{"identifier": "other", "queue_name": "other"}]))
     assert contents(tx)["queue"] == contents(tx)["task"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"unique_for": "1 hour", "job_key_mode": "debounce"}, "unique_for cannot be had with"),
+        ({"debounce_max": "1 hour", "job_key_mode": "unsafe_dedupe"}, "debounce_max needs job_key_mode debounce, got"),
+        ({"debounce_max": "1 hour", "unique_for": "1 hour"}, "debounce_max needs job_key_mode debounce"),
+    ],
+)
+def test_windows_that_contradict_each_other_are_refused(tx: Conn, given: dict[str, Any], says: str) -> None:
+    with refused(tx, "22023", says):
+        add(tx, job_key="k", **given)
+    with refused(tx, "22023", f"specs[0].{says}"):
+        call(tx, "add_jobs", Jsonb([{"identifier": "a", "job_key": "k"} | given]))
+
+
+@pytest.mark.parametrize("name", ["unique_for", "debounce_max"])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (3600, "must be a string, got 3600"),
+        ("soon", "is not an interval: 'soon'"),
+        ("1e300 years", "is not an interval: '1e300 years'"),
+    ],
+)
+def test_an_interval_that_is_none_is_refused_in_a_spec(tx: Conn, name: str, given: Any, says: str) -> None:
+    with refused(tx, "22023", f"specs[0].{name} {says}", hint="Write an interval as text"):
+        call(tx, "add_jobs", Jsonb([{"identifier": "a", "job_key": "k", name: given}]))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"unique_for": "1 hour", "job_key": "k"}, "unique_for cannot be had in a tree, got '1 hour'"),
+        ({"job_key_mode": "debounce", "debounce_max": "1 hour"}, "debounce_max cannot be had in a tree, got '1 hour'"),
+        ({"job_key_mode": "debounce"}, "job_key_mode cannot be had in a tree, got 'debounce'"),
+    ],
+)
+def test_no_node_of_a_tree_stands_for_another_job(tx: Conn, given: dict[str, Any], says: str) -> None:
+    node = {"identifier": "a", **given}
+    with refused(tx, "PW003", f"tree.{says}"):
+        call(tx, "add_job_tree", Jsonb(node))
+    with refused(tx, "PW003", f"tree.children[1].{says}"):
+        call(tx, "add_job_tree", Jsonb({"identifier": "a", "children": [{"identifier": "b"}, node]}))
+
+
+def test_a_node_has_a_limit_key_and_may_leave_the_windows_null(tx: Conn) -> None:
+    node = {"identifier": "a", "limit_key": "ada", "unique_for": None, "debounce_max": None, "job_key_mode": "replace"}
+    assert call(tx, "add_job_tree", Jsonb(node))[0]["limit_key"] == "ada"
+    with refused(tx, "22023", "tree.limit_key must be 1 to 512 characters long, got 0"):
+        call(tx, "add_job_tree", Jsonb(node | {"limit_key": ""}))

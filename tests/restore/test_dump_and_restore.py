@@ -77,6 +77,7 @@ def _populate(conn: Conn) -> dict[str, int]:
     call(conn, "complete_jobs", [known["completed by hand"]])
     call(conn, "pause_queue", "paused")
     call(conn, "pause_task", "paused")
+    call(conn, "forbid_flag", "forbidden")
     tree = {
         "identifier": "tree", "children": [
             {"identifier": "first", "name": "first", "priority": -20}, {"identifier": "behind", "after": ["first"]},
