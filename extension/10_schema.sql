@@ -1,6 +1,6 @@
 -- 10_schema.sql: what is stored
 --
---   clock       the one place where the time comes from, so that a test can move it
+--   clock       the one place where the time comes from, so that a test can move it (fake_now)
 --   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
 --   attempt     runs of jobs that did not complete them
@@ -83,6 +83,31 @@ return case when coalesce(current_setting('pgworker.fake_now', true), '') = '' t
             else pgworker.moved_clock(p_real) end;
 comment on function pgworker.clock(timestamptz) is
   'The time that pgworker goes by: when the running statement arrived (or the given time), unless a test moved it.';
+
+-- SECURITY DEFINER: whoever may use the queue may test with it, and needs no right on the settings for that. What it sets
+-- can be set without it, too, and is then honoured in the same databases and no others.
+create function pgworker.fake_now(at timestamptz) returns timestamptz
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not exists (select from pgworker.setting s where s.name = 'allow_fake_now' and s.value = 'on') then
+    raise exception using errcode = '55000', message = 'the clock of this database must not be moved',
+      hint = 'In a database that is for tests only, let the owner run: insert into pgworker.setting (name, value) values '
+             '(''allow_fake_now'', ''on'').';
+  end if;
+  if at not between '0001-01-02 00:00:00+00' and '9999-12-30 00:00:00+00' then
+    raise exception using errcode = '22023', message = format('at must lie between the years 1 and 9999, got %s', at),
+      hint = 'Give null to have the real time again.';
+  end if;
+  perform set_config('pgworker.fake_now',
+                     coalesce(to_char(at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), ''), false);
+  return pgworker.clock();
+end
+$$;
+comment on function pgworker.fake_now(timestamptz) is
+  'For tests: it is then, for pgworker in this session, until moved again; null: the real time again. A rollback undoes it. '
+  'Returns the time that it is. Raises 55000 where the setting allow_fake_now is not on.';
 
 create sequence pgworker.job_id as bigint;
 comment on sequence pgworker.job_id is 'Ids of jobs.';

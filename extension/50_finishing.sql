@@ -90,7 +90,10 @@ begin
            g.last_error, g.progress, g.result, g.name, g.on_failure, g.limit_key, g.unique_until,
            g.recorded or g.records, g.locked_by, g.worker_name
     from gone g
+    -- What has not completed is kept until the next maintain() where events are told: the trigger sees by that how it ended.
     where g.root_id is not null or g.keep_until > v_now
+       or g.state <> 'completed'
+          and exists (select from pgworker.setting s where s.name = 'publish_events' and s.value = 'on')
   )
   select coalesce(array_agg(g.id), '{}'),
          array_agg(g.queue_name) filter (where g.queue_name is not null and g.locked_by is not null),

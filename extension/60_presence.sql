@@ -9,7 +9,7 @@
 --   give_back           its jobs go back, whatever the reason
 --   forget_workers      workers that hold nothing any more
 --   prune               finished jobs whose time is over
---   maintain            notices who has died, does what was left to be done in trees, and prunes
+--   maintain            notices who has died, does what was left to be done in trees, prunes, and runs schedules
 --
 -- A worker without a lease is present while some session holds the advisory lock (1886874482, low 31 bits of its id): it
 -- vanishes the moment the session dies, with nothing written while it lives. maintain() gives its jobs back when the lock
@@ -347,9 +347,12 @@ begin
   if cardinality(v_dead) > 0 or pgworker.settle_leftovers() or pgworker.prune(v_now) then
     v_next := interval '0';                        -- there may be more; each in a transaction of its own
   end if;
+  -- Last, because it waits for nothing but, a moment, jobs with the same key.
+  v_next := least(v_next, pgworker.run_schedules(v_now));
   return greatest(v_next, interval '10 milliseconds');
 end
 $$;
 comment on function pgworker.maintain() is
-  'Gives back the jobs of workers that have vanished, does what was left to be done in trees, and prunes finished jobs. '
-  'Any session may call it, any number at once; returns how long until the next call is useful.';
+  'Gives back the jobs of workers that have vanished, does what was left to be done in trees, prunes finished jobs, and adds '
+  'the jobs of schedules that are due. Any session may call it, any number at once; returns how long until the next call '
+  'is useful.';

@@ -189,6 +189,16 @@ begin
   order by f.task_identifier;
 
   return query
+  select 'error', 'schedule ' || s.name,
+         case when s.last_error is not null then format('its tick of %s could not be run: %s', date_trunc('second', s.next_tick), s.last_error)
+              else format('is due since %s and was not run', date_trunc('second', s.due_at)) end,
+         case when s.last_error is not null then 'Mend what it says, or pause_schedule() it: it is tried again every few seconds.'
+              else 'Workers call maintain(), which does it: see that one runs.' end
+  from pgworker.schedule s
+  where not s.paused and (s.last_error is not null or s.due_at < p_now - interval '1 minute')
+  order by s.name;
+
+  return query
   select 'warning', 'trees',
          format('what the end of jobs means for others in their trees is left undone, %s concerned, since %s', pgworker.so_many(count(*)),
                 date_trunc('second', min(u.since))),

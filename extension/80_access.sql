@@ -26,7 +26,7 @@ begin
   perform pgworker.refuse_role(role);
   execute format('grant usage on schema pgworker to %s', role);
   execute format(
-    'grant execute on function pgworker.version(), '
+    'grant execute on function pgworker.version(), pgworker.fake_now(timestamptz), '
     'pgworker.add_job(text, jsonb, text, timestamptz, int, text, int, text[], text, text, interval, interval), '
     'pgworker.add_job(text, json, text, timestamptz, int, text, int, text[], text, text, interval, interval), '
     'pgworker.add_job(text, text, text, timestamptz, int, text, int, text[], text, text, interval, interval), '
@@ -66,16 +66,19 @@ as $$
 begin
   perform pgworker.refuse_role(role);
   execute format('grant usage on schema pgworker to %s', role);
-  execute format('grant select on pgworker.jobs, pgworker.job_attempts, pgworker.forbidden_flags, pgworker.settings to %s', role);
+  execute format('grant select on pgworker.jobs, pgworker.job_attempts, pgworker.schedules, pgworker.forbidden_flags, pgworker.settings to %s', role);
   -- clock, moved_clock and the like: a view's functions run with the rights of who reads it
   execute format('grant execute on function pgworker.version(), pgworker.clock(timestamptz), '
                  'pgworker.job_state(bigint, boolean, timestamptz, timestamptz), pgworker.default_setting(text), pgworker.known_settings(), '
-                 'pgworker.moved_clock(timestamptz), pgworker.next_run_at(text[]), pgworker.children(bigint), '
+                 'pgworker.moved_clock(timestamptz), pgworker.fake_now(timestamptz), '
+                 'pgworker.cron_next(text, timestamptz, text), pgworker.cron_preview(text, int, timestamptz, text), '
+                 'pgworker.next_run_at(text[]), pgworker.children(bigint), '
                  'pgworker.get_children_values(bigint), pgworker.get_failed_children_values(bigint), '
                  'pgworker.job_tree(bigint), pgworker.tree_progress(bigint), pgworker.audit(), '
                  'pgworker.why(bigint), pgworker.doctor() to %s', role);
 end
 $$;
-comment on function pgworker.grant_observer(regrole) is 'Lets a role look at every job, and change nothing.';
+comment on function pgworker.grant_observer(regrole) is
+  'Lets a role look at every job and every schedule, and change nothing.';
 
 revoke execute on all functions in schema pgworker from public;

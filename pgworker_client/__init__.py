@@ -22,6 +22,17 @@ from pgworker_client.hooks import JobEvent, WorkerEvent
 from pgworker_client.job import Job, JobRow
 from pgworker_client.node import Node
 from pgworker_client.outcome import Cancel, Fail, Retry, WaitsForChildren
+from pgworker_client.scheduling import (
+    ScheduleOptions,
+    ScheduleRow,
+    cron_preview,
+    load_crontab,
+    pause_schedule,
+    resume_schedule,
+    schedule_job,
+    schedules,
+    unschedule_job,
+)
 from pgworker_client.trees import (
     TreeRow,
     add_job_tree,
@@ -49,6 +60,8 @@ __all__ = [
     "NotInstalled",
     "PgworkerError",
     "Retry",
+    "ScheduleOptions",
+    "ScheduleRow",
     "StateChange",
     "Subscription",
     "TreeRow",
@@ -64,16 +77,23 @@ __all__ = [
     "children",
     "complete_jobs",
     "configure",
+    "cron_preview",
     "doctor",
     "forbid_flag",
     "get_children_values",
     "get_failed_children_values",
     "job_tree",
+    "load_crontab",
+    "pause_schedule",
     "permanently_fail_jobs",
     "remove_job",
     "reschedule_jobs",
+    "resume_schedule",
     "retry_jobs",
+    "schedule_job",
+    "schedules",
     "subscribe",
     "tree_progress",
+    "unschedule_job",
     "why",
 ]

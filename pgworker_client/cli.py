@@ -26,6 +26,7 @@ from pgworker_client.enqueue import add_job
 from pgworker_client.errors import PgworkerError, one_line
 from pgworker_client.loading import load_directory, load_worker
 from pgworker_client.logs import log_to_stderr
+from pgworker_client.scheduling import load_crontab
 from pgworker_client.worker import Worker
 
 _Command = Callable[[argparse.Namespace], int]
@@ -116,6 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     tree.add_argument("--all", action="store_true", help="every job, however many siblings it has")
 
+    crontab = add("crontab", _crontab, "Make the schedules of a crontab, and print them with their next ticks.")
+    crontab.add_argument("file", type=argparse.FileType(encoding="utf-8"), metavar="FILE", help="- is standard input")
+    crontab.add_argument("--prune", action="store_true", help="remove those made so before that are not in it any more")
+
     add("doctor", _doctor, "Say what is wrong with the installation, or soon will be; status 1 on an error.")
     add("install", _install, "Install pgworker in the database: as an extension if offered, else the same SQL by hand.")
     add("upgrade", _upgrade, "Bring pgworker in the database to the version of this client.")
@@ -176,6 +181,14 @@ def _tree(options: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")
     with _connect(options) as conn:
         return show_tree(conn, options.id, follow=options.follow, everything=options.all)
+
+
+def _crontab(options: argparse.Namespace) -> int:
+    with options.file as file, _connect(options) as conn:
+        made = load_crontab(conn, file.read(), prune=options.prune)
+    for one in made:
+        print(f"{one.name}  {one.next_tick or 'paused'}")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from tests.calling import Conn, add, call, claim_ids, refused, register, rows, s
 from tests.connections import Connections
 from tests.lifecycle import STATES, job_in
 
-PRODUCER = {"version", "add_job", "add_jobs", "add_job_tree", "trigger_job"}
+PRODUCER = {"version", "fake_now", "add_job", "add_jobs", "add_job_tree", "trigger_job"}
 
 WORKER = PRODUCER | {
     "check_client", "register_worker", "get_jobs", "get_job", "complete_job", "fail_job", "cancel_job", "finish_jobs",
@@ -21,11 +21,12 @@ WORKER = PRODUCER | {
 
 OBSERVER = {
     "version", "next_run_at", "children", "get_children_values", "get_failed_children_values", "job_tree",
-    "tree_progress", "audit", "clock", "moved_clock", "job_state",  # the last three are what the view jobs calls
+    "tree_progress", "audit", "cron_next", "cron_preview", "fake_now",
+    "clock", "moved_clock", "job_state",  # the last three are what the view jobs calls
     "default_setting", "known_settings",  # and these what settings does
 }  # fmt: skip
 
-VIEWS = {"jobs", "job_attempts", "forbidden_flags", "settings"}
+VIEWS = {"jobs", "job_attempts", "schedules", "forbidden_flags", "settings"}
 
 GRANTED: dict[str, set[str]] = {
     "grant_producer": PRODUCER, "grant_worker": WORKER, "grant_observer": OBSERVER, "": set(),
@@ -57,7 +58,7 @@ def test_the_functions_that_a_role_may_execute_are_those_of_the_list(db: Conn, r
 
 
 @pytest.mark.parametrize("grant", list(GRANTED))
-def test_no_role_gets_a_table_or_sequence_and_only_observers_the_view(db: Conn, role: Role, grant: str) -> None:
+def test_no_role_gets_a_table_or_sequence_and_only_observers_the_views(db: Conn, role: Role, grant: str) -> None:
     name = role("somebody")
     if grant:
         call(db, grant, name)
@@ -127,7 +128,7 @@ def test_trying_every_function_gets_no_further_than_the_list(
 
 
 @pytest.mark.parametrize("grant", list(GRANTED))
-def test_trying_every_table_gets_no_further_than_the_view(
+def test_trying_every_table_gets_no_further_than_the_views(
     db: Conn, connect: Connections, role: Role, grant: str
 ) -> None:
     name = role("somebody")
@@ -178,17 +179,27 @@ def test_a_worker_role_can_speak_the_whole_protocol(db: Conn, connect: Connectio
     call(db, "cancel_jobs", [ids[7]])
     assert call(hand, "heartbeat", worker) == [{"job_id": ids[7], "notice": "cancel"}]
     assert value(hand, "select pgworker.next_run_at()") is not None
-    call(hand, "maintain")
+    db.execute("insert into pgworker.setting values ('allow_fake_now', 'on')")
+    call(db, "schedule_job", "s", "@yearly", "from the schedule")
+    call(hand, "fake_now", value(db, "select next_tick from pgworker.schedules"))
+    call(hand, "maintain")  # which runs what it may not touch
+    assert value(db, "select count(*) from pgworker.jobs where task_identifier = 'from the schedule'") == 1
+    call(hand, "fake_now", None)
     call(hand, "unregister_worker", worker)
 
 
-def test_an_observer_sees_every_job_as_the_owner_does(db: Conn, connect: Connections, role: Role) -> None:
+def test_an_observer_sees_every_job_and_schedule_as_the_owner_does(db: Conn, connect: Connections, role: Role) -> None:
     call(db, "grant_observer", role("eye"))
     eye = connect(user="eye")
     for state in STATES:
         job_in(db, state)
     query = "select * from pgworker.jobs order by id"
     assert rows(eye, query) == rows(db, query)
+    call(db, "schedule_job", "s", "@daily", "t", payload='{"n": 1}')
+    call(db, "pause_schedule", "s")
+    schedules = "select * from pgworker.schedules"
+    assert rows(eye, schedules) == rows(db, schedules) != []
+    assert value(eye, "select pgworker.cron_next('@daily', '2030-01-01')") is not None
     assert value(eye, "select pgworker.version()") == value(db, "select pgworker.version()")
     call(eye, "next_run_at")
     # The moved clock is seen by whoever may look, without a right to read the settings.
@@ -217,6 +228,9 @@ def test_a_producer_cannot_finish_anothers_work(db: Conn, connect: Connections, 
         "select pgworker.remove_job('k')",
         "select pgworker.cleanup()",
         "select pgworker.grant_worker('shop')",
+        "select pgworker.schedule_job('s', '@daily', 't')",
+        "select pgworker.unschedule_job('s')",
+        "select pgworker.load_crontab('', true)",
     ]
     for query in attempts:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):

@@ -183,6 +183,27 @@ def test_work_in_trees_that_is_left_undone_though_maintain_tries(db: Conn, conne
     assert found(db, "trees") == []
 
 
+def test_schedules_that_nobody_runs_and_such_as_cannot_be_run(db: Conn) -> None:
+    move_clock(db, "2031-05-17 11:59:30+00")
+    call(db, "schedule_job", "nightly", "0 12 * * *", "report", job_key="report")
+    worker = register(db)
+    claim_ids(db, worker)
+    move_clock(db, THIRTY_SECONDS_LATER)
+    assert found(db) == []
+    move_clock(db, TWO_MINUTES_LATER)
+    finding = "is due since 2031-05-17 12:00:00+00 and was not run"
+    assert found(db) == [("error", "schedule nightly", finding)]
+    db.execute("alter table pgworker.job add constraint closed check (task_identifier <> 'report') not valid")
+    call(db, "maintain")
+    ((severity, subject, finding),) = found(db)
+    assert (severity, subject) == ("error", "schedule nightly")
+    assert finding.startswith("its tick of 2031-05-17 12:00:00+00 could not be run: new row for relation")
+    db.execute("alter table pgworker.job drop constraint closed")
+    move_clock(db, "2031-05-17 12:02:30+00")
+    call(db, "maintain")
+    assert found(db) == []
+
+
 def test_errors_come_first(db: Conn) -> None:
     move_clock(db, NOON)
     add(db)

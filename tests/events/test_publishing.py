@@ -29,6 +29,18 @@ def test_an_event_is_an_object_of_four(db: Conn, witness: Witness) -> None:
     assert json.loads(payload) == {"id": job, "task": 'a "quoted" täsk', "from": None, "to": "ready"}
 
 
+def test_a_job_of_which_nothing_is_kept_is_told_to_have_failed(db: Conn, witness: Witness) -> None:
+    call(db, "configure", "keep_failed", "0")
+    worker = register(db)
+    job = add(db, "a")["id"]
+    claim_ids(db, worker)
+    witness.payloads(db)
+    call(db, "fail_job", worker, job, "e", permanent=True)
+    assert [json.loads(payload)["to"] for payload in witness.payloads(db)] == ["failed"]
+    call(db, "maintain")
+    assert rows(db, "select * from pgworker.jobs") == []
+
+
 def _finish(db: Conn, worker: int, job: int) -> None:
     call(db, "finish_jobs", worker, [job], None, [], [])
 

@@ -12,7 +12,7 @@ from tests.lint.findings import Allowances, Finding
 from tests.lint.statements import Function, Statement, dotted, find_all, functions, type_name
 
 SEARCH_PATH = ["pg_catalog", "pg_temp"]
-ROW_TYPES = {"jobs", "live", "claimed_job"}
+ROW_TYPES = {"jobs", "live", "claimed_job", "schedules"}
 """Types whose columns are the contract: expanding a row of them with ``*`` says exactly what is meant."""
 
 Rule = Callable[[list[Statement], Allowances], Iterator[Finding]]

@@ -88,6 +88,16 @@ def _populate(conn: Conn) -> dict[str, int]:
     (leaf,) = claim_ids(conn, session, tasks=["leaf"])
     call(conn, "complete_job", session, leaf, '{"n": 1}')
     conn.execute("insert into pgworker.unsettled (job_id, what) values (%s, 'release')", [known["half a tree"]])
+    move_clock(conn, "2020-05-10 10:00+00")
+    call(conn, "schedule_job", "every\t\\N", "*/10 * * * *", "scheduled", payload='{"text": "\\t\\\\N"}',
+         backfill="2 hours", timezone="Europe/Berlin", queue_name="q", max_attempts=3, priority=-5,
+         job_key="tick", job_key_mode="preserve_run_at", flags=["\\N", "b,{}"])  # fmt: skip
+    call(conn, "schedule_job", "resting", "@daily", "resting")
+    call(conn, "load_crontab", "0 4 * * * from_crontab")
+    call(conn, "pause_schedule", "resting")
+    move_clock(conn, "2020-05-10 10:10+00")
+    call(conn, "maintain")
+    move_clock(conn, "")
     known["never given out"] = value(conn, "select nextval('pgworker.job_id')")
     return known
 
@@ -103,12 +113,25 @@ def test_a_restored_database_is_the_dumped_one_and_goes_on(db: Conn, restored: R
     assert _sequences(copy) == _sequences(db)
     every_job = "select * from pgworker.jobs order by id"
     assert rows(copy, every_job) == rows(db, every_job)
+    assert rows(copy, "select * from pgworker.schedules order by name") == rows(
+        db, "select * from pgworker.schedules order by name"
+    )
     assert_consistent(copy)
 
     # Ids go on, for jobs and for workers, and the counters of turns and epochs too.
     assert add(copy)["id"] == known["never given out"] + 1
     assert register(copy) == value(db, "select max(id) from pgworker.worker") + 1
     assert add(copy, job_key="key\tready\\N")["id"] == known["ready, full"]  # the unique index is there
+
+    # Schedules go on where they were: nothing that has run runs again, nothing that is owed is forgotten.
+    every_schedule = "select * from pgworker.schedules order by name"
+    assert [row["last_tick"] is not None for row in rows(copy, every_schedule)] == [True, False, False]
+    move_clock(copy, "2020-05-10 10:30:01+00")
+    call(copy, "remove_job", "tick")
+    call(copy, "maintain")
+    (tick,) = rows(copy, "select run_at, revision from pgworker.jobs where key = 'tick'")
+    assert (str(tick["run_at"]), tick["revision"]) == ("2020-05-10 10:20:00+00:00", 1)  # 10:20, kept by 10:30
+    move_clock(copy, "")
 
     # The workers of the other database are not there: their jobs come back, except those that may not.
     hours = itertools.count(2)
