@@ -105,7 +105,7 @@ declare
   v_live   record;
   v_flags  text[];
   v_head   bigint;
-  v_causes text[] := '{}';
+  v_causes text[] := array[]::text[];
 begin
   select j.task_identifier, j.priority, j.run_at, j.queue_name, j.flags, j.attempts, j.max_attempts, j.last_error into v_job
   from pgworker.job j where j.id = p_id;
@@ -182,7 +182,6 @@ language plpgsql stable parallel safe security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_now    constant timestamptz := pgworker.clock();
   v_job    record;
   v_worker record;
 begin

@@ -193,13 +193,13 @@ def _crontab(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     with _connect(options) as conn:
-        findings = doctor(conn)
+        findings, database = doctor(conn), conn.info.dbname
     table = [("SEVERITY", "SUBJECT", "FINDING", "ADVICE"), *map(dataclasses.astuple, findings)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table if findings else ():
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     if not findings:
-        print(f"nothing found in database {conn.info.dbname}")
+        print(f"nothing found in database {database}")
     return int(any(finding.severity == "error" for finding in findings))
 
 

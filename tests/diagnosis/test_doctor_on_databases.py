@@ -85,9 +85,7 @@ def test_an_owner_who_does_not_see_other_roles_transactions_says_so(
         ((severity, subject, finding),) = found(db)
         assert (severity, subject) == ("warning", f"session {holder.info.backend_pid}")
         assert "transactions old (role " in finding
-        assert finding.endswith(
-            "since when is not shown to role plain_owner): rows that died since cannot be removed"
-        )
+        assert finding.endswith("since when is not shown to role plain_owner): rows that died since cannot be removed")
         assert "grant pg_read_all_stats to plain_owner" in value(db, "select advice from pgworker.doctor()")
         holder.rollback()
         assert found(db) == []
@@ -133,8 +131,8 @@ def test_prepared_transactions_and_replication_slots_that_hold_a_snapshot(two_ph
     for setting in ("autovacuum", "track_counts"):
         conn.execute(f"alter system set {setting} = off".encode())
         conn.execute("select pg_reload_conf()")
-        (finding,) = until(lambda: found(conn), "the setting to be seen")
-        assert finding == ("error", "autovacuum", f"setting {setting} is off: nothing removes dead rows")
+        (off,) = until(lambda: found(conn), "the setting to be seen")
+        assert off == ("error", "autovacuum", f"setting {setting} is off: nothing removes dead rows")
         conn.execute(f"alter system reset {setting}".encode())
         conn.execute("select pg_reload_conf()")
         until(lambda: not found(conn), "the setting to be back")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from tests.calling import Conn, add, call, claim_ids, refused, register, value
+from tests.calling import Conn, add, call, claim_ids, register, value
 from tests.clock import move_clock
 from tests.connections import Connections
 from tests.diagnosis.examined import found

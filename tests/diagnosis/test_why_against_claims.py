@@ -21,7 +21,7 @@ from tests.model.queue_model import Model
 from tests.model.test_against_model import EXAMPLES, Queue
 from tests.trees import test_tree_model as trees
 
-_PENDING = "select id, state, parent_id, pgworker.why(id) as why from pgworker.jobs where finished_at is null order by id"
+_LIVE = "select id, state, parent_id, pgworker.why(id) as why from pgworker.jobs where finished_at is null"
 _SETTINGS: dict[str, Any] = {
     "deadline": None,
     "derandomize": not EXAMPLES,
@@ -33,7 +33,7 @@ _SETTINGS: dict[str, Any] = {
 
 def ready(conn: Conn) -> set[int]:
     """The jobs that nothing holds back, if one asks."""
-    said = rows(conn, _PENDING)
+    said = rows(conn, _LIVE)
     assert all(job["why"].startswith("claimed by worker ") == (job["state"] == "running") for job in said)
     return {job["id"] for job in said if job["why"].startswith("ready, ")}
 
@@ -92,7 +92,7 @@ class ExplainedForest(trees.Forest):
         # What asks must be on record, and would have been if that claim had lasted.
         self.conn.execute("insert into pgworker.interest values (%s, 0, null, null)", [worker])
         assert ready(self.conn) == claimed
-        live = {job["id"]: job for job in rows(self.conn, _PENDING)}
+        live = {job["id"]: job for job in rows(self.conn, _LIVE)}
         for id, job in live.items():
             if job["state"] == "waiting":
                 blockers = [int(named) for named in re.findall(r"(\d+) \(", job["why"])]
