@@ -14,6 +14,7 @@ from bench import machine
 from bench.adding import adding, latency
 from bench.claims import claims
 from bench.draining import foreign, held, history, throughput
+from bench.limits import fairness, limits
 from bench.report import ratio, table
 from bench.setting import QUICK, Bench, Sizes
 from bench.sides import PeerMissingError, peers, pgworker
@@ -29,6 +30,8 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "foreign": foreign,
     "history": history,
     "claims": claims,
+    "limits": limits,
+    "fairness": fairness,
     "trees": trees,
 }
 

@@ -32,20 +32,20 @@ def claims(bench: Bench) -> None:
                 if task == "noop":
                     _occupy(other, queues)
                 bench.ours.settle(conn)
-                bench.note(row, bench.ours, _cost(conn, sizes.claims))
+                bench.note(row, bench.ours, cost(conn, sizes.claims))
 
 
 def _occupy(conn: psycopg.Connection[Any], queues: int) -> None:
     """Claim jobs until every queue runs one; they run until the session ends."""
-    worker = _register(conn)
+    worker = register(conn)
     busy = 0
     while busy < queues:
         busy += conn.execute("select from pgworker.get_jobs(%s, %s)", [worker, queues]).rowcount
 
 
-def _cost(conn: psycopg.Connection[Any], claims: int) -> float:
+def cost(conn: psycopg.Connection[Any], claims: int) -> float:
     """Return the mean time of a claim in ms; what a session does at times and not with every claim is in it."""
-    worker = _register(conn)
+    worker = register(conn)
     spent = 0.0
     for number in range(-20, claims):
         conn.execute("select from pgworker.add_job('noop')")
@@ -59,7 +59,7 @@ def _cost(conn: psycopg.Connection[Any], claims: int) -> float:
     return spent / claims * 1000
 
 
-def _register(conn: psycopg.Connection[Any]) -> int:
+def register(conn: psycopg.Connection[Any]) -> int:
     row = conn.execute("select pgworker.register_worker('bench')").fetchone()
     assert row is not None
     return int(row[0])

@@ -93,7 +93,8 @@ def pgworker() -> Side:
         },
         environment={"PYTHONPATH": str(HERE.parent)},
         table="pgworker.job",
-        clear="truncate pgworker.job, pgworker.finished, pgworker.queue, pgworker.counter, pgworker.dependency",
+        clear="truncate pgworker.job, pgworker.finished, pgworker.queue, pgworker.counter, pgworker.dependency, "
+        "pgworker.permit, pgworker.task",
         add="""select from pgworker.add_jobs((
             select jsonb_agg(jsonb_build_object('identifier', %(task)s::text, 'payload', jsonb_build_object('id', n)))
             from generate_series(1, %(count)s) as n))""",

@@ -5,7 +5,8 @@
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
 --   attempt     runs of jobs that did not complete them
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
---   task        task settings that somebody made (paused); no row is needed for a task to run
+--   task        task settings that somebody made; no row is needed for a task to run
+--   permit      limits of tasks: one row for each that they let through
 --   forbidden_flag   flags that no worker takes
 --   worker      registered workers and how their presence is known
 --   interest    what workers ask for when they claim
@@ -25,7 +26,7 @@
 -- up in a hash table, which = any and <> all are not in a plan that is kept, and in alone may become a nested loop.
 -- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel. (Where
 -- somebody wants events, 65_events.sql makes one.)
--- Row order of lock taking everywhere: job rows by id, then queue rows by name, then worker rows by id.
+-- Row order of lock taking everywhere: job rows by id, then queue rows by name, then permits, then worker rows by id.
 
 -- What is created here is bound now: nothing of whoever installs it may come between.
 set local search_path = pg_catalog, pg_temp;
@@ -157,6 +158,7 @@ create table pgworker.job (
   limit_key       text,
   unique_until    timestamptz,
   recorded        boolean     not null default false,
+  lane            text        collate "C",
   primary key (id)
 ) with (
   -- Measured: a batch updates every row of a page in one transaction, so only with half of each page free are all
@@ -171,16 +173,21 @@ comment on table pgworker.job is
   'cancel_reason why, cause_id because of which other job. Trees: root_id is null outside of them; slot is the part of '
   'the parent''s counter that counts this job, null if none does; gate_id the nearest job, from this one upwards, that '
   'waits for its siblings; settled: what its end means for others is dealt with already. unique_until: until then its key '
-  'is taken for those who ask for unique_for. recorded: there are rows of it in attempt.';
+  'is taken for those who ask for unique_for. recorded: there are rows of it in attempt. lane: what a job of a task with '
+  'limits stands in line in, null for others.';
 
 -- No index and no predicate names a column that a claim changes (locked_at, locked_by, attempts): a claim then writes
 -- one heap tuple and no index entry. What a claim leaves behind in the index is jumped over by the session cursor.
-create index job_claim on pgworker.job (priority, run_at, id) where queue_name is null and not waiting;
+create index job_claim on pgworker.job (priority, run_at, id) where queue_name is null and lane is null and not waiting;
 -- The two indexes of queued jobs have predicates that hold for all of them and differ, and each statement states that of
 -- the index that it means: on an empty table the planner sees no difference between them, and a session keeps its plan.
 create index job_claim_queued on pgworker.job (priority, run_at, id)
-  where queue_name is not null and not waiting and id > 0;
-create index job_queue on pgworker.job (queue_name, priority, run_at, id) where queue_name > '' and not waiting;
+  where queue_name is not null and lane is null and not waiting and id > 0;
+create index job_queue on pgworker.job (queue_name, priority, run_at, id)
+  where queue_name > '' and lane is null and not waiting;
+-- Jobs of tasks with limits are in these instead (42_limits.sql): where they wait, nobody else passes.
+create index job_lane on pgworker.job (task_identifier, lane, priority, run_at, id) where lane > '' and not waiting;
+create index job_lane_due on pgworker.job (task_identifier, run_at) where lane is not null and not waiting;
 -- Trees are found from their roots: the children of a job are (root_id, parent_id).
 create index job_tree on pgworker.job (root_id, parent_id) where root_id is not null;
 create index job_gate on pgworker.job (gate_id) where gate_id is not null;
@@ -296,13 +303,51 @@ comment on table pgworker.queue is
 create index queue_turn on pgworker.queue (turn);
 
 create table pgworker.task (
-  identifier     text    not null primary key,
-  paused         boolean not null default false,
-  keep_completed interval,
-  keep_failed    interval
+  identifier              text     not null primary key,
+  paused                  boolean  not null default false,
+  max_attempts            smallint,
+  backoff                 jsonb,
+  timeout                 interval,
+  max_concurrency         int,
+  max_concurrency_per_key int,
+  rate_limit              int,
+  rate_interval           interval,
+  rate_limit_per_key      int,
+  rate_interval_per_key   interval,
+  fair                    boolean  not null default false,
+  keep_completed          interval,
+  keep_failed             interval,
+  looked_at               timestamptz,
+  keyed   boolean not null generated always as (
+    fair or max_concurrency_per_key is not null or rate_limit_per_key is not null) stored,
+  limited boolean not null generated always as (
+    fair or max_concurrency is not null or max_concurrency_per_key is not null
+    or rate_limit is not null or rate_limit_per_key is not null) stored
 );
 create index task_keep_completed on pgworker.task (identifier) where keep_completed is not null;
-comment on table pgworker.task is 'Settings of tasks; a task without settings has no row.';
+comment on table pgworker.task is
+  'Settings of tasks; null is the default, and a task without settings has no row. looked_at: when maintain() last looked '
+  'for jobs that were added before the limits and are to be counted by them.';
+
+create table pgworker.permit (
+  task_identifier text        not null,
+  kind            text        not null check (kind in ('concurrency', 'rate')),
+  lane_key        text        collate "C" not null,
+  n               int         not null,
+  job_id          bigint,
+  lane            text        collate "C",
+  free_at         timestamptz not null default '-infinity',
+  primary key (task_identifier, kind, lane_key, n)
+) with (fillfactor = 40, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+        autovacuum_vacuum_cost_delay = 0);
+comment on table pgworker.permit is
+  'Limits of tasks: as many rows as a gate lets through, each taken by a claim until free_at. lane_key: the limit key, '
+  'empty for the limit of the whole task. job_id, lane: who took it last. Rows are made by claims, as those of queues.';
+-- Which of the three a statement means it says with their predicates, which hold for all rows or all that were ever taken:
+-- see the indexes of queued jobs.
+create index permit_free on pgworker.permit (task_identifier, kind, lane_key, free_at) where n > 0;
+create index permit_freed on pgworker.permit (task_identifier, free_at) where lane is not null;
+create index permit_job on pgworker.permit (job_id) where job_id is not null;
 
 create table pgworker.forbidden_flag (
   name         text        not null primary key,
@@ -383,7 +428,8 @@ comment on view pgworker.jobs is
 
 create type pgworker.claimed_job as (
   id bigint, task_identifier text, payload jsonb, attempts int, max_attempts int, queue_name text, priority int,
-  run_at timestamptz, key text, flags text[], parent_id bigint, root_id bigint, progress jsonb, created_at timestamptz
+  run_at timestamptz, key text, flags text[], parent_id bigint, root_id bigint, progress jsonb, created_at timestamptz,
+  timeout interval
 );
 comment on type pgworker.claimed_job is 'What a worker gets to know of a job that it claimed.';
 

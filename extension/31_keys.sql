@@ -41,9 +41,15 @@ declare
   v_run_at constant timestamptz := least(coalesce(p_run_at, v_now), v_now + p_debounce_max);
   v_flags constant text[] := nullif(p_flags, '{}');
   v_payload constant jsonb := coalesce(nullif(p_payload, 'null'), '{}');
+  v_most  int;
+  v_lane  text;
   v_due   timestamptz;
   v_id    bigint;
 begin
+  select t.max_attempts::int, case when t.limited then pgworker.lane(t.keyed, p_limit_key, p_queue_name) end into v_most, v_lane
+  from pgworker.task t where t.identifier = p_identifier;
+  v_most := coalesce(p_max_attempts, v_most, 25);
+
   loop
     if p_unique_for is not null then
       v_id := pgworker.unique_job(p_key, v_now);
@@ -52,9 +58,9 @@ begin
       end if;
     end if;
     insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
-                                   created_at, limit_key, unique_until)
+                                   created_at, limit_key, unique_until, lane)
     values (coalesce(p_id, nextval('pgworker.job_id')), p_identifier, v_payload, p_queue_name, v_run_at,
-            coalesce(p_max_attempts, 25), p_key, coalesce(p_priority, 0), v_flags, v_now, p_limit_key, v_now + p_unique_for)
+            v_most, p_key, coalesce(p_priority, 0), v_flags, v_now, p_limit_key, v_now + p_unique_for, v_lane)
     on conflict (key) where key is not null do nothing
     returning j.id, j.run_at into v_id, v_due;
     if found then
@@ -79,10 +85,11 @@ begin
           run_at = case when p_mode = 'preserve_run_at' and j.attempts = 0 then j.run_at
                         when j.attempts = 0 then least(v_run_at, j.created_at + p_debounce_max)
                         else v_run_at end,
-          max_attempts = coalesce(p_max_attempts, 25),
+          max_attempts = v_most,
           priority = coalesce(p_priority, 0),
           flags = v_flags,
           limit_key = p_limit_key,
+          lane = v_lane,
           unique_until = j.created_at + p_unique_for,
           attempts = 0, last_error = null, progress = null,
           revision = j.revision + 1

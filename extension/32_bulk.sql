@@ -60,7 +60,8 @@ begin
       with spec as materialized (
         -- Those that a window answers come after the others of their key, of which one is to be inserted.
         select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
-               s.limit_key, s.unique_for, s.debounce_max, s.held,
+               s.limit_key, s.unique_for, s.debounce_max, s.held, coalesce(t.max_attempts, 25) as most,
+               case when t.limited then pgworker.lane(t.keyed, s.limit_key, s.queue_name) end as lane,
                case when s.job_key is null then 1
                     else row_number() over (partition by s.job_key order by s.held, s.n) end as nth,
                case when s.job_key is null then 1 else count(*) over (partition by s.job_key) end as same_key
@@ -68,12 +69,13 @@ begin
                      r.limit_key, r.unique_for, r.debounce_max, r.unique_for is not null and exists (
                        select from pgworker.finished f where f.key = r.job_key and f.unique_until > v_now offset 0) as held
               from pgworker.read_specs(v_specs, pgworker.job_keys(), 'specs', null, null) r) as s
+        left join pgworker.task t on t.identifier = s.identifier
       ), added as (
         insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority,
-                                       flags, created_at, limit_key, unique_until)
+                                       flags, created_at, limit_key, unique_until, lane)
         select v_ids[s.n], s.identifier, s.payload, s.queue_name,
-               least(coalesce(s.run_at, v_now), v_now + s.debounce_max), coalesce(s.max_attempts, 25), s.job_key,
-               coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now, s.limit_key, v_now + s.unique_for
+               least(coalesce(s.run_at, v_now), v_now + s.debounce_max), coalesce(s.max_attempts, s.most), s.job_key,
+               coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now, s.limit_key, v_now + s.unique_for, s.lane
         from spec s
         where s.nth = 1 and not s.held
         order by s.job_key nulls first, s.n
@@ -115,7 +117,8 @@ begin
   -- row thousands of times walks over all its versions each time.
   if cardinality(v_folds) > 0 then
     for v_spec in
-      select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
+      select s.n, s.identifier, s.payload, s.queue_name, s.run_at,
+             coalesce(s.max_attempts, t.max_attempts) as max_attempts, s.job_key, s.priority, s.flags,
              s.limit_key, s.unique_for, s.debounce_max, coalesce(s.job_key_mode, 'replace') as mode,
              a.id is not null as added,
              case when s.unique_for is not null
@@ -125,6 +128,7 @@ begin
       from pgworker.read_specs(v_specs, pgworker.job_keys(), 'specs', null, null) s
       join unnest(v_folds) as f(n) on f.n = s.n
       left join unnest(v_first) as a(id) on a.id = v_ids[s.n]
+      left join pgworker.task t on t.identifier = s.identifier
       window w as (partition by s.job_key order by s.n)
       order by s.job_key, s.n
     loop
@@ -182,7 +186,9 @@ begin
         set task_identifier = v_one.task_identifier, payload = v_one.payload, queue_name = v_one.queue_name,
             run_at = v_one.run_at, max_attempts = v_one.max_attempts, priority = v_one.priority, flags = v_one.flags,
             attempts = v_one.attempts, last_error = v_one.last_error, progress = v_one.progress,
-            revision = v_one.revision, limit_key = v_one.limit_key, unique_until = v_one.unique_until
+            revision = v_one.revision, limit_key = v_one.limit_key, unique_until = v_one.unique_until,
+            lane = (select pgworker.lane(t.keyed, v_one.limit_key, v_one.queue_name) from pgworker.task t
+                    where t.identifier = v_one.task_identifier and t.limited)
         where j.id = v_one.id;
         v_due := v_due or (v_moved and v_one.run_at <= pgworker.clock());
         v_past := v_past or (v_moved and v_one.run_at < v_now);

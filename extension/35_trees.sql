@@ -91,8 +91,8 @@ begin
   with added as (
     insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
                                    created_at, parent_id, root_id, depth, slot, gate_id, waiting, has_children,
-                                   has_followers, name, on_failure, limit_key)
-    select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now), coalesce(s.max_attempts, 25),
+                                   has_followers, name, on_failure, limit_key, lane)
+    select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now), coalesce(s.max_attempts, t.max_attempts, 25),
            s.job_key, coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now,
            coalesce(v_ids[v_parents[s.n]], p_parent.id), coalesce(p_parent.root_id, v_ids[1]),
            coalesce(p_parent.depth + 1, 0) + v_depths[s.n] - 1,
@@ -100,10 +100,12 @@ begin
                 else p_slots[v_places[s.n] + 1] end,
            coalesce(v_ids[v_gates[s.n]], case when v_afters[s.n] > 0 then v_ids[s.n] end),
            v_counts[s.n] > 0 or v_gates[s.n] > 0 or v_afters[s.n] > 0, v_counts[s.n] > 0, v_leads[s.n],
-           w.spec ->> 'name', w.spec ->> 'on_failure', s.limit_key
+           w.spec ->> 'name', w.spec ->> 'on_failure', s.limit_key,
+           case when t.limited then pgworker.lane(t.keyed, s.limit_key, s.queue_name) end
     from pgworker.read_specs(v_specs, pgworker.node_keys(), p_base, v_parents, v_places) s
     -- joined, not v_specs[s.n]: to find one of an array's elements of different lengths all before it are walked over
     join unnest(v_specs) with ordinality as w(spec, n) on w.n = s.n
+    left join pgworker.task t on t.identifier = s.identifier
     order by s.job_key nulls first, s.n
     on conflict (key) where key is not null do nothing
     returning j.id, j.waiting, j.run_at

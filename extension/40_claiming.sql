@@ -7,7 +7,8 @@
 --   next_run_at              when a sleeping worker should look again
 --
 -- Locks: the worker's row FOR KEY SHARE (it cannot be declared dead while it claims), then job rows with SKIP LOCKED
--- (a claim never waits for a job). Serial queues are in 45_queues.sql.
+-- (a claim never waits for a job). Serial queues are in 45_queues.sql, tasks with limits in 42_limits.sql: this path
+-- passes over them like over paused ones.
 --
 -- The cursor. A claim changes no indexed column (see 10_schema.sql), so what has been claimed stays in the index until
 -- it is vacuumed, which a long transaction anywhere can put off for hours. A session therefore remembers in the setting
@@ -123,6 +124,9 @@ declare
   v_queues  boolean;
   v_range   record;
   v_queued  record;
+  v_limited bigint[];          -- those that come first, and their places among others, as the two below
+  v_priorities smallint[];
+  v_run_ats timestamptz[];
   v_tids    tid[];
   v_left    int;
 begin
@@ -140,19 +144,28 @@ begin
   -- The row lock keeps maintain() from declaring this worker dead between here and our commit: jobs claimed by a worker
   -- that nobody knows would be given back by nobody.
   select w.lease, (select e.last_value from pgworker.epoch e) as epoch,
-         (select array_agg(t.identifier) from pgworker.task t where t.paused) as paused,
+         t.paused, t.limits, t.timeouts,
          (select array_agg(f.name) from pgworker.forbidden_flag f) as forbidden,
-         v_brief and not exists (select from pgworker.job j where j.queue_name > '' and not j.waiting) as brief
+         v_brief and not exists (select from pgworker.job j where j.queue_name > '' and j.lane is null and not j.waiting) as brief
   into v_worker
   from pgworker.worker w
+  cross join lateral (
+    select array_agg(s.identifier) filter (where s.paused or s.limited) as paused,
+           bool_or(s.limited and not s.paused) as limits, bool_or(s.timeout is not null) as timeouts
+    from pgworker.task s) as t
   where w.id = worker_id
-  for key share;
+  for key share of w;
   if not found then
     raise exception using errcode = 'PW002', message = format('worker %s is unknown', coalesce(worker_id::text, 'null')),
       hint = 'Call register_worker() first; a worker that was gone for too long has to register anew.';
   end if;
 
   v_flags := v_flags || v_worker.forbidden;
+  if v_worker.limits then
+    select h.ids, h.priorities, h.run_ats into v_limited, v_priorities, v_run_ats
+    from pgworker.limited_heads(v_now, v_most, tasks, v_flags) h;
+    v_worker.brief := v_worker.brief and v_limited is null;
+  end if;
 
   if v_cursor[1] is distinct from v_whose then
     perform pgworker.note_interest(worker_id, tasks, forbidden_flags);
@@ -180,23 +193,23 @@ begin
                  from generate_series(1, cardinality(v_cursor), 5) as g(n)
                  cross join lateral (
                    (select j.priority from pgworker.job j
-                    where j.queue_name is null and not j.waiting
+                    where j.queue_name is null and j.lane is null and not j.waiting
                       and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
                       and j.priority < coalesce(v_cursor[g.n + 5], 32768)
                     order by j.priority limit 1)
                    union all
                    (select j.priority from pgworker.job j
-                    where j.queue_name is not null and not j.waiting and j.id > 0
+                    where j.queue_name is not null and j.lane is null and not j.waiting and j.id > 0
                       and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
                       and j.priority < coalesce(v_cursor[g.n + 5], 32768)
                     order by j.priority limit 1)) as f) end,
-               case when v_sweeps then exists (select from pgworker.job j where j.queue_name > '' and not j.waiting)
+               case when v_sweeps then exists (select from pgworker.job j where j.queue_name > '' and j.lane is null and not j.waiting)
                     else exists (select from pgworker.queue q
                                  where q.turn > greatest(v_cursor[5] - 4, 0) and q.job_id is null and not q.paused)
                          or exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
                                     cross join lateral (
                                       select from pgworker.job j
-                                      where j.queue_name is not null and not j.waiting and j.id > 0
+                                      where j.queue_name is not null and j.lane is null and not j.waiting and j.id > 0
                                         and j.priority = v_cursor[g.n]
                                         and (j.run_at, j.id) > (pgworker.cursor_time(v_cursor[g.n + 3]), v_cursor[g.n + 4])
                                         and j.run_at <= v_now
@@ -218,10 +231,16 @@ begin
         end loop;
       end if;
       if v_queues then
-        v_queued := pgworker.claim_queued(worker_id, v_now, v_most, tasks, v_flags, v_worker.paused, v_sweeps, v_cursor);
+        v_queued := pgworker.claim_queued(worker_id, v_now, v_most, tasks, v_flags, v_worker.paused, v_sweeps, v_cursor,
+                                          v_limited, v_priorities, v_run_ats);
         v_cursor := v_queued.moved;
         v_tids := v_queued.tids;
         v_left := v_left - cardinality(v_tids);
+      end if;
+      if v_limited is not null and v_left > 0 then
+        v_tids := v_tids || pgworker.claim_limited(worker_id, v_now, v_left, v_limited, v_priorities, v_run_ats, tasks,
+                                                   v_flags, v_worker.paused, v_cursor);
+        v_left := v_most - cardinality(v_tids);
       end if;
     end if;
 
@@ -235,7 +254,7 @@ begin
       with picked as materialized (
         select j.ctid as tid
         from pgworker.job j
-        where j.queue_name is null and not j.waiting
+        where j.queue_name is null and j.lane is null and not j.waiting
           and (j.priority, j.run_at, j.id) > (v_first, v_from, v_behind)
           and (j.priority, j.run_at) <= (v_last, v_now) and j.run_at <= v_now
           and j.locked_by is null
@@ -301,7 +320,8 @@ begin
 
   return query
   select j.id, j.task_identifier, j.payload, j.attempts::int, j.max_attempts::int, j.queue_name, j.priority::int,
-         j.run_at, j.key, j.flags, j.parent_id, j.root_id, j.progress, j.created_at
+         j.run_at, j.key, j.flags, j.parent_id, j.root_id, j.progress, j.created_at,
+         case when v_worker.timeouts then (select t.timeout from pgworker.task t where t.identifier = j.task_identifier) end
   from pgworker.job j
   where j.ctid = any (v_tids)
   order by j.priority, j.run_at, j.id;
@@ -333,17 +353,17 @@ as $$
 begin
   -- The first that matches in each priority; after a thousand that do not, the time reached by then: waking up too early
   -- does no harm, walking over a million foreign jobs would.
-  return (
+  return least(pgworker.limited_due(pgworker.clock(), next_run_at.tasks), (
     with recursive known as (
       select -32769 as priority
       union all
       select (select f.priority::int
               from ((select j.priority from pgworker.job j
-                     where j.queue_name is null and not j.waiting and j.priority > k.priority
+                     where j.queue_name is null and j.lane is null and not j.waiting and j.priority > k.priority
                      order by j.priority limit 1)
                     union all
                     (select j.priority from pgworker.job j
-                     where j.queue_name is not null and not j.waiting and j.id > 0 and j.priority > k.priority
+                     where j.queue_name is not null and j.lane is null and not j.waiting and j.id > 0 and j.priority > k.priority
                      order by j.priority limit 1)) as f
               order by f.priority limit 1)
       from known k where k.priority is not null
@@ -354,19 +374,19 @@ begin
       select min(s.run_at) filter (where next_run_at.tasks is null or s.task_identifier = any (next_run_at.tasks)) as found,
              case when count(*) = 1000 then max(s.run_at) end as reached
       from (select j.run_at, j.task_identifier from pgworker.job j
-            where j.queue_name is null and not j.waiting and j.priority = k.priority and j.run_at > pgworker.clock()
+            where j.queue_name is null and j.lane is null and not j.waiting and j.priority = k.priority and j.run_at > pgworker.clock()
             order by j.run_at, j.id limit 1000) as s
       union all
       select min(s.run_at) filter (where next_run_at.tasks is null or s.task_identifier = any (next_run_at.tasks)),
              case when count(*) = 1000 then max(s.run_at) end
       from (select j.run_at, j.task_identifier from pgworker.job j
-            where j.queue_name is not null and not j.waiting and j.id > 0 and j.priority = k.priority
+            where j.queue_name is not null and j.lane is null and not j.waiting and j.id > 0 and j.priority = k.priority
               and j.run_at > pgworker.clock()
             order by j.run_at, j.id limit 1000) as s
     ) as n
-    where k.priority is not null);
+    where k.priority is not null));
 end
 $$;
 comment on function pgworker.next_run_at(text[]) is
-  'When the next scheduled job of these tasks (null: of any) becomes due, or a moment before that; null when none is '
-  'scheduled. A sleeping worker looks again then.';
+  'When the next scheduled job of these tasks (null: of any) becomes due, or one that waits for a rate may run, or a '
+  'moment before that; null when there is none. A sleeping worker looks again then.';

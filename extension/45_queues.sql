@@ -13,7 +13,7 @@
 --   * on a sweep: every queue that has jobs, hopping from name to name, so that a hundred thousand jobs behind one busy
 --     queue are one hop.
 --
--- It then takes the heads that come before the last of the unqueued jobs that fill the batch, and leaves the cursor
+-- It then takes the heads that come before the last of the other jobs (p_ids: limited ones) that fill the batch, and leaves the cursor
 -- before the first head that it did not take. Locks: queue rows, then their head jobs, both with SKIP LOCKED, so that no
 -- claim waits for another, and a queue that is not taken is not touched.
 
@@ -40,7 +40,7 @@ comment on function pgworker.make_queues(text[], int) is
 
 create function pgworker.claim_queued(
   p_worker_id bigint, p_now timestamptz, p_limit int, p_tasks text[], p_flags text[], p_paused text[],
-  p_sweeps boolean, p_cursor bigint[], out tids tid[], out moved bigint[]
+  p_sweeps boolean, p_cursor bigint[], p_ids bigint[], p_priorities smallint[], p_run_ats timestamptz[], out tids tid[], out moved bigint[]
 )
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -69,10 +69,10 @@ begin
     moved[5] := coalesce((select max(q.turn) from pgworker.queue q) + 4, moved[5]);   -- seen for good
     with recursive hop as (
       (select j.queue_name from pgworker.job j
-       where j.queue_name > '' and not j.waiting order by j.queue_name limit 1)
+       where j.queue_name > '' and j.lane is null and not j.waiting order by j.queue_name limit 1)
       union all
       select (select j.queue_name from pgworker.job j
-              where j.queue_name > h.queue_name and j.queue_name > '' and not j.waiting order by j.queue_name limit 1)
+              where j.queue_name > h.queue_name and j.queue_name > '' and j.lane is null and not j.waiting order by j.queue_name limit 1)
       from hop h where h.queue_name is not null
     )
     select array_agg(h.queue_name) into v_names
@@ -96,7 +96,7 @@ begin
                coalesce((array_agg(s.id))[count(*)], moved[k + 1])
         into v_found, v_rows, v_at, v_id
         from (select j.queue_name, j.run_at, j.id from pgworker.job j
-              where j.queue_name is not null and not j.waiting and j.id > 0
+              where j.queue_name is not null and j.lane is null and not j.waiting and j.id > 0
                 and j.priority = p_cursor[k - 3]
                 and (j.run_at, j.id) > (pgworker.cursor_time(moved[k]), moved[k + 1]) and j.run_at <= p_now
                 and j.locked_by is null
@@ -134,27 +134,24 @@ begin
       from generate_series(6, cardinality(p_cursor), 5) as g(n)
       cross join lateral (
         select j.priority, j.run_at, j.id from pgworker.job j
-        where j.queue_name = n.name and j.queue_name > '' and not j.waiting
+        where j.queue_name = n.name and j.queue_name > '' and j.lane is null and not j.waiting
           and j.priority = p_cursor[g.n] and j.run_at <= p_now and j.locked_by is null
           and (p_tasks is null or j.task_identifier = any (p_tasks))
           and (p_paused is null or j.task_identifier <> all (p_paused))
           and (p_flags is null or j.flags is null or not j.flags && p_flags)
         order by j.run_at, j.id limit 1) as q
       limit 1) as h
+    -- A limited job of the queue that comes before it goes first (43_permits.sql).
+    where p_ids is null
+       or not exists (select from unnest(p_ids, p_priorities, p_run_ats) as l(id, priority, run_at)
+                      cross join lateral (select o.queue_name from pgworker.job o where o.id = l.id offset 0) as o
+                      where o.queue_name = n.name and (l.priority, l.run_at, l.id) < (h.priority, h.run_at, h.id))
   ), other as (
     select o.priority, o.run_at, o.id
-    from generate_series(6, cardinality(p_cursor), 5) as g(n)
-    cross join lateral (
-      select j.priority, j.run_at, j.id from pgworker.job j
-      where j.queue_name is null and not j.waiting
-        and j.priority = p_cursor[g.n]
-        and (j.run_at, j.id) > (pgworker.cursor_time(p_cursor[g.n + 1]), p_cursor[g.n + 2])
-        and j.run_at <= p_now and j.locked_by is null
-        and (p_tasks is null or j.task_identifier = any (p_tasks))
-        and (p_paused is null or j.task_identifier <> all (p_paused))
-        and (p_flags is null or j.flags is null or not j.flags && p_flags)
-      order by j.run_at, j.id limit p_limit) as o
+    from pgworker.plain_heads(p_cursor, p_now, p_limit, p_tasks, p_flags, p_paused) o
     where exists (select from head)
+    union all
+    select l.priority, l.run_at, l.id from unnest(p_ids, p_priorities, p_run_ats) as l(id, priority, run_at)
   ), first as (
     select b.name, b.priority, b.run_at, b.id
     from (select h.name, h.priority, h.run_at, h.id from head h
@@ -190,7 +187,7 @@ begin
         from generate_series(6, cardinality(p_cursor), 5) as g(n)
         cross join lateral (
           select j.ctid as tid, j.id from pgworker.job j
-          where j.queue_name = f.name and j.queue_name > '' and not j.waiting
+          where j.queue_name = f.name and j.queue_name > '' and j.lane is null and not j.waiting
             and j.priority = p_cursor[g.n] and j.run_at <= p_now and j.locked_by is null
             and (p_tasks is null or j.task_identifier = any (p_tasks))
             and (p_paused is null or j.task_identifier <> all (p_paused))
@@ -234,7 +231,7 @@ begin
 end
 $$;
 comment on function pgworker.claim_queued(
-  bigint, timestamptz, int, text[], text[], text[], boolean, bigint[]) is
+  bigint, timestamptz, int, text[], text[], text[], boolean, bigint[], bigint[], smallint[], timestamptz[]) is
   'Internal: claims those heads of free queues that are among the first p_limit jobs; and moves the cursor as far as it has looked.';
 
 create function pgworker.free_queues(p_names text[], p_job_ids bigint[]) returns void
@@ -261,17 +258,17 @@ begin
     cross join lateral (
       with recursive hop as (
         (select j.priority from pgworker.job j
-         where j.queue_name = f.name and j.queue_name > '' and not j.waiting order by j.priority limit 1)
+         where j.queue_name = f.name and j.queue_name > '' and j.lane is null and not j.waiting order by j.priority limit 1)
         union all
         select (select j.priority from pgworker.job j
-                where j.queue_name = f.name and j.queue_name > '' and not j.waiting and j.priority > h.priority
+                where j.queue_name = f.name and j.queue_name > '' and j.lane is null and not j.waiting and j.priority > h.priority
                 order by j.priority limit 1)
         from hop h where h.priority is not null
       )
       select h.priority from hop h where h.priority is not null
     ) as p
     where exists (select from pgworker.job j
-                  where j.queue_name = f.name and j.queue_name > '' and not j.waiting and j.priority = p.priority
+                  where j.queue_name = f.name and j.queue_name > '' and j.lane is null and not j.waiting and j.priority = p.priority
                     and j.run_at <= pgworker.clock() and j.locked_by is null)
   ) then
     perform pgworker.wake();

@@ -8,7 +8,7 @@
 --
 -- Fence: only the worker that holds a job (locked_by) can end it; a caller that also names the attempt (as claimed) is
 -- protected against its own past.
--- Locks: job rows by id, then queue rows by name; who holds a queue row waits for nobody that waits for it.
+-- Locks: job rows by id, then queue rows by name, then permits; who holds a queue row waits for nobody that waits for it.
 
 -- Moves jobs out of the live table; what that means for others in their trees follows from it (57_settling.sql). What is
 -- kept, and for how long, is the task's setting or else that of the installation: keep_failed for failed and cancelled
@@ -34,6 +34,7 @@ declare
   v_gone  bigint[];
   v_names text[];
   v_held  bigint[];
+  v_limited bigint[];
 begin
   with ending as materialized (
     select e.id, e.state, e.error, e.result, e.cause_id, e.attempt
@@ -49,7 +50,7 @@ begin
     returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, coalesce(e.cause_id, j.cause_id) as cause_id,
               j.revision, j.depth, j.priority, j.attempts, j.max_attempts, j.has_children, j.has_followers, e.state,
               j.task_identifier, j.payload, j.queue_name, j.key, j.flags, coalesce(e.error, j.last_error) as last_error,
-              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by, j.limit_key,
+              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by, j.lane, j.limit_key,
               case when e.state <> 'cancelled' then j.unique_until end as unique_until, j.recorded,
               case
                 when j.parent_id is not null then 'infinity'
@@ -97,10 +98,12 @@ begin
   )
   select coalesce(array_agg(g.id), '{}'),
          array_agg(g.queue_name) filter (where g.queue_name is not null and g.locked_by is not null),
-         array_agg(g.id) filter (where g.queue_name is not null and g.locked_by is not null)
-  into v_gone, v_names, v_held
+         array_agg(g.id) filter (where g.queue_name is not null and g.locked_by is not null),
+         array_agg(g.id) filter (where g.lane is not null and g.locked_by is not null)
+  into v_gone, v_names, v_held, v_limited
   from gone g;
   perform pgworker.free_queues(v_names, v_held);
+  perform pgworker.free_permits(v_limited);
   return v_gone;
 end
 $$;
@@ -123,10 +126,23 @@ declare
   v_names text[];
   v_held  bigint[];
   v_soon  timestamptz;
+  v_limited bigint[];
+  v_errors text[] := p_errors;
+  v_delays interval[];
   v_records constant boolean := pgworker.records();
 begin
+  if p_retry_at is null and exists (select from pgworker.task t where t.backoff is not null) then
+    -- The default is reckoned below, for all alike.
+    select array_agg(concat_ws('; ', f.error, d.complaint) order by f.n), array_agg(d.delay order by f.n)
+    into v_errors, v_delays
+    from unnest(p_ids, p_errors) with ordinality as f(id, error, n)
+    cross join lateral (select o.task_identifier, o.attempts from pgworker.job o where o.id = f.id offset 0) as j
+    left join lateral (select o.backoff from pgworker.task o
+                       where o.identifier = j.task_identifier and o.backoff is not null offset 0) as t on true
+    left join lateral pgworker.retry_delay(t.backoff, j.attempts) d on t.backoff is not null;
+  end if;
   with failed as materialized (
-    select f.id, f.error from unnest(p_ids, p_errors) as f(id, error) order by f.id
+    select f.id, f.error, f.delay from unnest(p_ids, v_errors, v_delays) as f(id, error, delay) order by f.id
   ), noted as (
     insert into pgworker.attempt (job_id, started_at, ended_at, worker_id, attempt, outcome, worker_name, error)
     select r.id, r.locked_at, v_now, r.locked_by, r.attempts, 'failed',
@@ -138,17 +154,20 @@ begin
   ), back as (
     update pgworker.job j
     set locked_at = null, locked_by = null, last_error = f.error, recorded = j.recorded or v_records,
-        run_at = coalesce(p_retry_at, greatest(v_now, j.run_at) + exp(least(j.attempts, 10)) * interval '1 second'),
+        run_at = coalesce(p_retry_at, greatest(v_now, j.run_at)
+                                      + coalesce(f.delay, exp(least(j.attempts, 10)) * interval '1 second')),
         payload = coalesce(p_payload, j.payload)
     from failed f
     where j.id = any (array[f.id])
-    returning j.id, j.queue_name, j.run_at
+    returning j.id, j.queue_name, j.lane, j.run_at
   )
   select array_agg(b.queue_name) filter (where b.queue_name is not null),
-         array_agg(b.id) filter (where b.queue_name is not null), min(b.run_at)
-  into v_names, v_held, v_soon
+         array_agg(b.id) filter (where b.queue_name is not null),
+         array_agg(b.id) filter (where b.lane is not null), min(b.run_at)
+  into v_names, v_held, v_limited, v_soon
   from back b;
   perform pgworker.free_queues(v_names, v_held);
+  perform pgworker.free_permits(v_limited);
   if v_soon <= v_now then
     perform nextval('pgworker.epoch');             -- behind the cursors
     perform pgworker.wake();
@@ -157,7 +176,8 @@ end
 $$;
 comment on function pgworker.retry_later(bigint[], text[], timestamptz, jsonb) is
   'Internal: gives failed jobs, whose rows the caller has locked, back for their next attempt: at the time given, or '
-  'exp(least(attempts, 10)) seconds from now or from when they were due, whichever is later.';
+  'by the backoff of their task, else exp(least(attempts, 10)) seconds, from now or from when they were due, whichever is '
+  'later.';
 
 create function pgworker.not_held(p_worker_id bigint, p_job_id bigint) returns void
 language plpgsql immutable parallel safe
@@ -194,6 +214,7 @@ declare
   v_left      bigint[];
   v_names     text[];
   v_queued    bigint[];
+  v_limited   bigint[];
   v_ids       bigint[] := array[]::bigint[];
   v_states    text[];
   v_errors    text[];
@@ -237,13 +258,14 @@ begin
       where j.id = any (array[e.id]) and j.locked_by = finish_jobs.worker_id
         and (e.attempt is null or j.attempts = e.attempt) and j.ends_as is null and j.root_id is null
         and j.unique_until is null
-      returning j.id, j.queue_name
+      returning j.id, j.queue_name, j.lane
     )
     select coalesce(array_agg(g.id), '{}'), array_agg(g.queue_name) filter (where g.queue_name is not null),
-           array_agg(g.id) filter (where g.queue_name is not null)
-    into v_done, v_names, v_queued
+           array_agg(g.id) filter (where g.queue_name is not null), array_agg(g.id) filter (where g.lane is not null)
+    into v_done, v_names, v_queued, v_limited
     from gone g;
     perform pgworker.free_queues(v_names, v_queued);
+    perform pgworker.free_permits(v_limited);
   end if;
 
   if cardinality(v_done) < cardinality(v_completed) or cardinality(v_failed) > 0 then

@@ -32,6 +32,9 @@ begin
   if v_job.queue_name is not null then
     perform pgworker.free_queues(array[v_job.queue_name], array[v_job.id]);
   end if;
+  if v_job.lane is not null then
+    perform pgworker.free_permits(array[v_job.id]);
+  end if;
   return true;
 end
 $$;

@@ -141,6 +141,7 @@ declare
   v_errors text[];
   v_names  text[];
   v_queued bigint[];
+  v_limited bigint[];
   v_records constant boolean := pgworker.records();
 begin
   if p_job_ids is null then
@@ -178,10 +179,17 @@ begin
     update pgworker.job j
     set locked_at = null, locked_by = null, attempts = j.attempts - p_refund::int, recorded = j.recorded or v_records
     where j.id = any (v_ids) and j.ends_as is null and (p_refund or j.attempts < j.max_attempts)
-    returning j.id, j.queue_name
+    returning j.id, j.queue_name, j.lane
   )
-  select array_agg(b.queue_name), array_agg(b.id) into v_names, v_queued from back b where b.queue_name is not null;
+  select array_agg(b.queue_name) filter (where b.queue_name is not null),
+         array_agg(b.id) filter (where b.queue_name is not null), array_agg(b.id) filter (where b.lane is not null)
+  into v_names, v_queued, v_limited
+  from back b;
   perform pgworker.free_queues(v_names, v_queued);
+  perform pgworker.free_permits(v_limited);
+  if p_refund then
+    perform pgworker.refund_permits(v_limited);
+  end if;
   if v_over is not null then
     perform pgworker.finish(v_over, v_states, v_errors, null, p_lost => not p_refund);
   end if;
@@ -338,6 +346,7 @@ begin
     v_dead := v_dead || v_worker.id;
   end loop;
 
+  perform pgworker.adopt_jobs(v_now);
   if cardinality(v_dead) > 0 then
     perform pgworker.give_back(v_dead, null, false, 'vanished while it ran this job');
     perform pgworker.forget_workers(v_dead);

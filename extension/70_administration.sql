@@ -347,9 +347,11 @@ begin
       and not exists (select from pgworker.job j where j.root_id = f.id offset 0);
   end if;
   if 'gc_task_identifiers' = any (cleanup.tasks) then
-    -- A task that is paused stays: its pause is a setting that somebody made.
+    -- A task that is paused stays, as one of which anything else is set: somebody made these settings.
     delete from pgworker.task t
-    where not t.paused and not exists (select from pgworker.job j where j.task_identifier = t.identifier);
+    where not t.paused and not t.limited
+      and num_nonnulls(t.max_attempts, t.backoff, t.timeout, t.keep_completed, t.keep_failed) = 0
+      and not exists (select from pgworker.job j where j.task_identifier = t.identifier);
   end if;
   if 'gc_job_queues' = any (cleanup.tasks) then
     delete from pgworker.queue q
@@ -359,6 +361,17 @@ begin
         and not exists (select from pgworker.job j where j.queue_name = g.name)
       order by g.name
       for update skip locked);
+    -- Gates of limit keys are made like queues, one for each key that ever ran something. They go as a whole.
+    delete from pgworker.permit p
+    where (p.task_identifier, p.kind, p.lane_key) in (
+      select l.task_identifier, l.kind, l.lane_key
+      from (select g.task_identifier, g.kind, g.lane_key from pgworker.permit g
+            where g.lane_key <> '' and g.free_at <= pgworker.free_by(g.kind, pgworker.clock())
+              and not exists (select from pgworker.job j where j.task_identifier = g.task_identifier and j.lane = g.lane)
+            for update skip locked) as l
+      group by l.task_identifier, l.kind, l.lane_key
+      having count(*) = (select count(*) from pgworker.permit o
+                         where o.task_identifier = l.task_identifier and o.kind = l.kind and o.lane_key = l.lane_key));
   end if;
 end
 $$;

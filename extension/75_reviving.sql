@@ -233,14 +233,16 @@ begin
     insert into pgworker.job (id, run_at, created_at, parent_id, root_id, depth, revision, priority, attempts,
                               max_attempts, waiting, has_children, has_followers, task_identifier, payload, queue_name,
                               key, flags, last_error, progress, name, on_failure, limit_key, unique_until,
-                              recorded)
+                              recorded, lane)
     select f.id, case when a.id is not null then coalesce(p_run_at, f.run_at) else f.run_at end, f.created_at, f.parent_id,
            f.root_id, f.depth, f.revision, case when a.id is not null then coalesce(p_priority, f.priority) else f.priority end,
            case when a.id is not null then coalesce(p_attempts, f.attempts) else 0 end,
            case when a.id is not null then coalesce(p_max_attempts, f.max_attempts) else f.max_attempts end,
            f.root_id is not null, f.has_children, f.has_followers, f.task_identifier, f.payload, f.queue_name,
            case when v_keeps then f.key end, f.flags, case when f.cause_id is null then f.last_error end, f.progress,
-           f.name, f.on_failure, f.limit_key, case when v_keeps then f.unique_until end, f.recorded
+           f.name, f.on_failure, f.limit_key, case when v_keeps then f.unique_until end, f.recorded,
+           (select pgworker.lane(t.keyed, f.limit_key, f.queue_name) from pgworker.task t
+            where t.identifier = f.task_identifier and t.limited)
     from pgworker.finished f
     left join unnest(v_asked) as a(id) on a.id = f.id
     where f.id = any (v_ids) and (v_keeps or not exists (select from pgworker.job j where j.id = f.id offset 0))

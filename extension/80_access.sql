@@ -66,7 +66,8 @@ as $$
 begin
   perform pgworker.refuse_role(role);
   execute format('grant usage on schema pgworker to %s', role);
-  execute format('grant select on pgworker.jobs, pgworker.job_attempts, pgworker.schedules, pgworker.forbidden_flags, pgworker.settings to %s', role);
+  execute format('grant select on pgworker.jobs, pgworker.tasks, pgworker.job_attempts, pgworker.schedules, '
+                 'pgworker.forbidden_flags, pgworker.settings to %s', role);
   -- clock, moved_clock and the like: a view's functions run with the rights of who reads it
   execute format('grant execute on function pgworker.version(), pgworker.clock(timestamptz), '
                  'pgworker.job_state(bigint, boolean, timestamptz, timestamptz), pgworker.default_setting(text), pgworker.known_settings(), '

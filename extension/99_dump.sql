@@ -9,6 +9,7 @@ select pg_catalog.pg_extension_config_dump('pgworker.dependency', '');
 select pg_catalog.pg_extension_config_dump('pgworker.unsettled', '');
 select pg_catalog.pg_extension_config_dump('pgworker.queue', '');
 select pg_catalog.pg_extension_config_dump('pgworker.task', '');
+select pg_catalog.pg_extension_config_dump('pgworker.permit', '');
 select pg_catalog.pg_extension_config_dump('pgworker.forbidden_flag', '');
 select pg_catalog.pg_extension_config_dump('pgworker.schedule', '');
 select pg_catalog.pg_extension_config_dump('pgworker.worker', '');

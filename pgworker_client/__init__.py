@@ -33,6 +33,7 @@ from pgworker_client.scheduling import (
     schedules,
     unschedule_job,
 )
+from pgworker_client.task_settings import TaskOptions, TaskRow, configure_task
 from pgworker_client.trees import (
     TreeRow,
     add_job_tree,
@@ -64,6 +65,8 @@ __all__ = [
     "ScheduleRow",
     "StateChange",
     "Subscription",
+    "TaskOptions",
+    "TaskRow",
     "TreeRow",
     "WaitsForChildren",
     "Worker",
@@ -80,6 +83,7 @@ __all__ = [
     "cron_preview",
     "doctor",
     "forbid_flag",
+    "configure_task",
     "get_children_values",
     "get_failed_children_values",
     "job_tree",

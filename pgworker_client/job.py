@@ -12,11 +12,11 @@ from typing import Any
 #: for more than its payload: objects and dates for each of 50,000 jobs a second would cost more than the claim.
 Row = tuple[Any, ...]
 
-ID, TASK, PAYLOAD, ATTEMPTS, MAX_ATTEMPTS, QUEUE, PARENT, PROGRESS = 0, 1, 2, 3, 4, 5, 10, 12
+ID, TASK, PAYLOAD, ATTEMPTS, MAX_ATTEMPTS, QUEUE, PARENT, PROGRESS, TIMEOUT = 0, 1, 2, 3, 4, 5, 10, 12, 14
 _RUN_AT, _CREATED_AT = 7, 13
 CLAIM_COLUMNS = (
     "id, task_identifier, payload::text, attempts, max_attempts, queue_name, priority, run_at, key, flags, "
-    "parent_id, root_id, progress::text, created_at"
+    "parent_id, root_id, progress::text, created_at, extract(epoch from timeout)::float8"
 )
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
@@ -60,6 +60,7 @@ class Job:
     root_id: int | None
     progress: Any
     created_at: datetime
+    timeout: timedelta | None
 
     @classmethod
     def from_row(cls, row: Row) -> Job:
@@ -69,6 +70,7 @@ class Job:
         values[PROGRESS] = None if row[PROGRESS] is None else decode(row[PROGRESS])
         values[_RUN_AT] = moment(row[_RUN_AT])
         values[_CREATED_AT] = moment(row[_CREATED_AT])
+        values[TIMEOUT] = None if row[TIMEOUT] is None else timedelta(seconds=row[TIMEOUT])
         return cls(*values)
 
 

@@ -15,7 +15,7 @@ from pgworker_client.errors import JobLost
 from pgworker_client.feed import Feed
 from pgworker_client.finishing import Finisher
 from pgworker_client.hooks import JobEventName
-from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PAYLOAD, TASK, Row, decode, end_of_value, to_json
+from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PAYLOAD, TASK, TIMEOUT, Row, decode, end_of_value, to_json
 from pgworker_client.middleware import Around
 from pgworker_client.outcome import (
     Cancel,
@@ -124,7 +124,7 @@ class Runner:
                 payload = {} if text == "{}" else decode(text)
                 if on_start is not None:
                     on_start.job("started", row)
-                if bare and task.is_async and task.timeout is None:
+                if bare and task.is_async and task.timeout is None and row[TIMEOUT] is None:
                     result = await task.handler(payload, ctx)
                 else:
                     result = await self._call(task, payload, ctx)
@@ -149,7 +149,13 @@ class Runner:
 
     async def _call(self, task: Task, payload: Any, ctx: Context) -> Any:
         """Call the handler with everything that is around it."""
-        how = self._in_thread if not task.is_async else self._alone if task.timeout is None else self._limited
+        how = (
+            self._in_thread
+            if not task.is_async
+            else self._alone
+            if _longest(task, self._row) is None
+            else self._limited
+        )
         if self._middleware is None:
             return await how(task, payload, ctx)
         return await self._middleware(ctx, partial(how, task, payload, ctx))
@@ -159,7 +165,8 @@ class Runner:
         return await task.handler(payload, ctx)
 
     async def _limited(self, task: Task, payload: Any, ctx: Context) -> Any:
-        limit = asyncio.timeout(task.timeout)
+        longest = _longest(task, self._row)
+        limit = asyncio.timeout(longest)
         try:
             async with limit:
                 return await task.handler(payload, ctx)
@@ -168,7 +175,7 @@ class Runner:
                 raise
             if ctx.fate is None:
                 ctx.stop("timeout")
-            raise TimedOut(f"timed out after {task.timeout:g} s") from None
+            raise TimedOut(f"timed out after {longest:g} s") from None
 
     async def _in_thread(self, task: Task, payload: Any, ctx: Context) -> Any:
         if self._thread is None:
@@ -176,7 +183,8 @@ class Runner:
         thread, blocking = self._thread, BlockingContext(ctx, self._around)
         future = thread.call(task.handler, payload, blocking)
         self._blocking = blocking
-        limit = asyncio.timeout(task.timeout)
+        longest = _longest(task, self._row)
+        limit = asyncio.timeout(longest)
         try:
             async with limit:
                 result = await future
@@ -190,8 +198,8 @@ class Runner:
                 raise
             if ctx.fate is None:
                 blocking.stop("timeout")
-            ctx.logger.warning("timed out after %g s; its thread is left behind", task.timeout)
-            raise TimedOut(f"timed out after {task.timeout:g} s") from None
+            ctx.logger.warning("timed out after %g s; its thread is left behind", longest)
+            raise TimedOut(f"timed out after {longest:g} s") from None
         finally:
             self._blocking = None
         return await result if inspect.isawaitable(result) else result
@@ -291,6 +299,11 @@ class Runner:
         while ctx.cancels and self.task is not None:
             ctx.cancels -= 1
             self.task.uncancel()
+
+
+def _longest(task: Task, row: Row | None) -> float | None:
+    """How many seconds a run may take: as its handler says, else as the task's settings in the database do."""
+    return task.timeout if task.timeout is not None or row is None else row[TIMEOUT]
 
 
 def _outside(frames: TracebackType | None) -> TracebackType | None:

@@ -35,6 +35,25 @@ where j.attempts < (j.locked_by is not null)::int
    or j.attempts > j.max_attempts
    or (j.locked_by is null and j.attempts = j.max_attempts)
 union all
+select 'job ' || j.id || ' runs with ' || p.taken || ' permits of ' || g.kind || ' ' || g.task || ' ' || g.lane_key
+from pgworker.job j
+cross join lateral pgworker.gates_of(j.id) g
+cross join lateral (select count(*) as taken from pgworker.permit p
+                    where p.job_id = j.id and p.task_identifier = g.task and p.kind = g.kind and p.lane_key = g.lane_key
+                      and p.free_at = 'infinity') p
+where j.locked_by is not null and g.kind = 'concurrency' and p.taken <> 1
+union all
+select 'permit ' || p.n || ' of ' || p.task_identifier || ' ' || p.lane_key || ' is held by job '
+       || coalesce(p.job_id::text, 'none') || ', which does not run'
+from pgworker.permit p
+where p.kind = 'concurrency' and p.free_at = 'infinity'
+  and not exists (select from pgworker.job j where j.id = p.job_id and j.lane is not null and j.locked_by is not null)
+union all
+select 'job ' || j.id || ' stands in lane ' || coalesce(j.lane, 'none') || ', which is not its own'
+from pgworker.job j
+left join pgworker.task t on t.identifier = j.task_identifier and t.limited
+where j.lane is distinct from case when t.limited then pgworker.lane(t.keyed, j.limit_key, j.queue_name) end
+union all
 select 'job ' || j.id || ' waits and is asked to stop'
 from pgworker.job j
 where j.locked_by is null and j.cancel_reason is not null

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ from pgworker_client.errors import PgworkerError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo. Exit status: 0 all went as described, 1 it did not, 2 wrong usage, 128 + n stopped by signal n."""
     options = _parser().parse_args(arguments)
+    # A transaction in which the signal comes is not rolled back but ends with its connection; psycopg would warn of that.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     try:
         with Interruption() as stop:
             _run(options, stop)
@@ -65,18 +68,21 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace, stop: Interruption) -> None:
-    with stop.shielded():
-        files = Files(options.directory)
+    files: Files | None = None
     try:
+        with stop.shielded():
+            files = Files(options.directory)
         with _database(options.dsn, stop) as dsn:
             _run_shop(options, stop, files, dsn)
     except Interrupted as interrupted:
+        if files is None:
+            raise
         gone = files.discard()
         say(f"\nStopped by {interrupted}. The worker is gone{'' if options.dsn else ', and so is the server'}.")
         say("Nothing is left of the demo." if gone else f"The files stay in {files.path}.")
         raise
     except BaseException:
-        if not files.log.exists():  # nothing was begun
+        if files is not None and not files.log.exists():  # nothing was begun
             files.discard()
         raise
 
@@ -125,10 +131,11 @@ def _database(dsn: str | None, stop: Interruption) -> Iterator[str]:
         if name.startswith("PG") and not name.startswith(("PG_", "PGWORKER_")):
             del os.environ[name]
     begun = time.monotonic()
-    with stop.shielded():
-        server = EmbeddedServer()
-        server.start()
+    server: EmbeddedServer | None = None
     try:
+        with stop.shielded():
+            server = EmbeddedServer()
+            server.start()
         found = server.installation
         say(
             f"PostgreSQL {found.major} ({found.wheel or found.bindir}) started in {time.monotonic() - begun:.1f} s; "
@@ -136,5 +143,6 @@ def _database(dsn: str | None, stop: Interruption) -> Iterator[str]:
         )
         yield server.dsn()
     finally:
-        with stop.shielded():
-            server.close()
+        if server is not None:
+            with stop.shielded():
+                server.close()

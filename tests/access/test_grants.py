@@ -26,7 +26,7 @@ OBSERVER = {
     "default_setting", "known_settings",  # and these what settings does
 }  # fmt: skip
 
-VIEWS = {"jobs", "job_attempts", "schedules", "forbidden_flags", "settings"}
+VIEWS = {"jobs", "tasks", "job_attempts", "schedules", "forbidden_flags", "settings"}
 
 GRANTED: dict[str, set[str]] = {
     "grant_producer": PRODUCER, "grant_worker": WORKER, "grant_observer": OBSERVER, "": set(),

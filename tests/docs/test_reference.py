@@ -12,7 +12,10 @@ import pytest
 
 from tests.docs.examples import DOCUMENTS, ROOT
 
-_REFERENCE = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+_THEMES = ("reference", "schedules", "events")
+"""The documents that describe functions."""
+
+_REFERENCE = "\n".join((ROOT / f"docs/{theme}.md").read_text(encoding="utf-8") for theme in _THEMES)
 _FUNCTIONS = """
 select p.proname, pg_get_function_arguments(p.oid) as arguments,
        obj_description(p.oid, 'pg_proc') like 'Internal:%%' as internal,

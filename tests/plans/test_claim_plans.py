@@ -94,12 +94,12 @@ def test_a_claim_reads_its_index_in_order_and_sorts_nothing(filled: Conn, connec
 _BY_INDEX = {"Index Scan", "Index Only Scan", "Tid Scan"}
 
 
-def _cost(conn: Conn, worker: int, claims: int = 12, **arguments: str) -> int:
+def _cost(conn: Conn, worker: int, tasks: list[str] | None = None, claims: int = 12) -> int:
     """Return the pages that a claim of one job touches, the cheapest of some: the others swept, or met new pages."""
     seen = []
     for _ in range(claims):
         add(conn, "mine")
-        seen.append(buffers(conn, "select * from pgworker.get_jobs(%s, 1, '{mine}')", worker))
+        seen.append(buffers(conn, "select * from pgworker.get_jobs(%s, 1, %s)", worker, tasks))
     return min(seen)
 
 
@@ -130,21 +130,54 @@ def _behind_many_busy_queues(conn: Conn) -> None:
     assert value(conn, "select count(*) from pgworker.queue where job_id is not null") == 2_000
 
 
+def _behind_a_limit(conn: Conn) -> None:
+    conn.execute("select pgworker.configure_task('limited', max_concurrency => 1)")
+    _fill_limited(conn, 100_000, keys=1, running=1)
+
+
+def _behind_limits_of_many_keys(conn: Conn) -> None:
+    conn.execute("select pgworker.configure_task('limited', max_concurrency_per_key => 1)")
+    _fill_limited(conn, 20_000, keys=2_000, running=2_000)
+
+
+def _behind_a_rate(conn: Conn) -> None:
+    conn.execute("select pgworker.configure_task('limited', rate_limit => 1000, rate_interval => '1 day')")
+    _fill_limited(conn, 20_000, keys=1, running=1_000)
+
+
+def _fill_limited(conn: Conn, jobs: int, *, keys: int, running: int) -> None:
+    conn.execute(
+        "select count(*) from pgworker.add_jobs((select jsonb_agg(jsonb_build_object("
+        "'identifier', 'limited', 'limit_key', mod(n, %s)::text)) from generate_series(1, %s) n))",
+        [keys, jobs],
+    )
+    worker = register(conn)
+    claimed = 0
+    while got := claim_ids(conn, worker, 1_000):
+        claimed += len(got)
+    assert claimed == running
+
+
 @pytest.mark.parametrize(
-    "obstacle", [_dead_entries, _of_another_task, _behind_a_busy_queue, _in_many_queues, _behind_many_busy_queues]
-)
+    "obstacle",
+    [
+        _dead_entries, _of_another_task, _behind_a_busy_queue, _in_many_queues, _behind_many_busy_queues,
+        _behind_a_limit, _behind_limits_of_many_keys, _behind_a_rate,
+    ],
+)  # fmt: skip
 def test_a_claim_costs_no_more_pages_for_what_lies_behind(
     db: Conn, connect: Connections, obstacle: Callable[[Conn], None]
 ) -> None:
     conn = connect()
     worker = register(conn)
-    clean = _cost(conn, worker)
+    tasks = None if "limit" in obstacle.__name__ or "rate" in obstacle.__name__ else ["mine"]
+    clean = _cost(conn, worker, tasks)
     conn.execute("delete from pgworker.job")
     holder = connect(autocommit=False)
     holder.execute("set transaction isolation level repeatable read")
     holder.execute("select count(*) from pgworker.jobs")  # nothing that is deleted from now on can be vacuumed
     obstacle(db)
-    burdened = _cost(conn, worker)
+    burdened = _cost(conn, worker, tasks)
     assert clean < 150
     # An empty table costs so few pages that the ways through the indexes themselves show.
     assert burdened <= max(2 * clean, 60), f"{burdened} pages instead of {clean}"

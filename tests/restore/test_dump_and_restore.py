@@ -77,6 +77,9 @@ def _populate(conn: Conn) -> dict[str, int]:
     call(conn, "complete_jobs", [known["completed by hand"]])
     call(conn, "pause_queue", "paused")
     call(conn, "pause_task", "paused")
+    call(conn, "configure_task", "limited", max_concurrency=1, backoff='["1 minute"]', fair=True)
+    known["limited, running"], known["limited"] = (add(conn, "limited", limit_key=key)["id"] for key in "ab")
+    assert claim_ids(conn, session, 5, tasks=["limited"]) == [known["limited, running"]]
     call(conn, "forbid_flag", "forbidden")
     tree = {
         "identifier": "tree", "children": [
@@ -118,9 +121,15 @@ def test_a_restored_database_is_the_dumped_one_and_goes_on(db: Conn, restored: R
     )
     assert_consistent(copy)
 
+    # Limits still count what ran.
+    assert rows(copy, "select * from pgworker.tasks order by 1") == rows(db, "select * from pgworker.tasks order by 1")
+    asking = register(copy)
+    assert claim_ids(copy, asking, 5, tasks=["limited"]) == []
+    call(copy, "unregister_worker", asking)
+
     # Ids go on, for jobs and for workers, and the counters of turns and epochs too.
     assert add(copy)["id"] == known["never given out"] + 1
-    assert register(copy) == value(db, "select max(id) from pgworker.worker") + 1
+    assert register(copy) == value(db, "select max(id) from pgworker.worker") + 2  # one came above
     assert add(copy, job_key="key\tready\\N")["id"] == known["ready, full"]  # the unique index is there
 
     # Schedules go on where they were: nothing that has run runs again, nothing that is owed is forgotten.
