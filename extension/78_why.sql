@@ -5,10 +5,11 @@
 --   named           jobs, as a sentence names them
 --   flags_are       flags, as a sentence names them
 --   why_waiting     what a job of a tree waits for
+--   why_limited     at which limits it stands
 --   why_unclaimed   what keeps a job that waits for nothing from being claimed
 --   why             the public function
 --
--- What claims ask (40_claiming.sql, 45_queues.sql) is asked here for one job: when none of it holds the job back, the next
+-- What claims ask (40_claiming.sql to 45_queues.sql) is asked here for one job: when none of it holds the job back, the next
 -- claim of a worker that takes such jobs gets it, as soon as the jobs before it are gone. What workers take is what they
 -- last asked for (note_interest). Nothing is locked and nothing is remembered.
 
@@ -90,6 +91,39 @@ end
 $$;
 comment on function pgworker.why_waiting(bigint) is 'Internal: what a waiting job waits for.';
 
+create function pgworker.why_limited(p_id bigint, p_now timestamptz) returns text[]
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+begin
+  if exists (select from pgworker.job j
+             where j.id = p_id
+               and (j.lane is null) = exists (select from pgworker.task t where t.identifier = j.task_identifier and t.limited)) then
+    return array['added while the limits of its task were being changed: maintain() puts it in line'];
+  end if;
+  return array(
+    select format('%s is at its limit of %s', case when g.lane_key <> '' then format('limit key %s of ', j.limit_key) else '' end
+                                              || 'task ' || g.task,
+                  case when g.kind = 'rate'
+                       then format('%s in %s, and the next may run at %s', g.most, g.per, date_trunc('second', f.free_at))
+                       else g.most || ' at once' end)
+    from pgworker.job j
+    cross join lateral pgworker.gates_of(j.id) g
+    cross join lateral pgworker.rooms(g.task, g.lane_key, case when g.kind = 'concurrency' then g.most end,
+                                      case when g.kind = 'rate' then g.most end, p_now, 1) r
+    left join lateral (
+      select min(p.free_at) as free_at from pgworker.permit p
+      where p.task_identifier = g.task and p.kind = g.kind and p.lane_key = g.lane_key and p.n > 0
+        and p.free_at > pgworker.free_by(g.kind, p_now)) as f on true
+    where j.id = p_id and r.room < 1
+    order by g.kind, g.lane_key);
+end
+$$;
+comment on function pgworker.why_limited(bigint, timestamptz) is
+  'Internal: the limits of its task that keep a job from being claimed at this moment.';
+
 create function pgworker.why_unclaimed(p_id bigint) returns text
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
@@ -99,6 +133,7 @@ as $$
 declare
   v_now    constant timestamptz := pgworker.clock();
   v_paused constant text[] := array(select t.identifier from pgworker.task t where t.paused);
+  v_passed constant text[] := array(select t.identifier from pgworker.task t where t.paused or t.limited);
   v_forbidden constant text[] := array(select f.name from pgworker.forbidden_flag f);
   v_job    record;
   v_queue  record;
@@ -107,7 +142,8 @@ declare
   v_head   bigint;
   v_causes text[] := array[]::text[];
 begin
-  select j.task_identifier, j.priority, j.run_at, j.queue_name, j.flags, j.attempts, j.max_attempts, j.last_error into v_job
+  select j.task_identifier, j.priority, j.run_at, j.queue_name, j.lane, j.flags, j.attempts, j.max_attempts, j.last_error
+  into v_job
   from pgworker.job j where j.id = p_id;
   if v_job.run_at > v_now then
     v_causes := v_causes || (format('due at %s', date_trunc('second', v_job.run_at))
@@ -126,6 +162,7 @@ begin
     v_causes := v_causes || format('behind job %s, which runs in queue %s', v_queue.job_id, v_job.queue_name);
   end if;
 
+  v_causes := v_causes || pgworker.why_limited(p_id, v_now);
   v_flags := array(select u.flag from unnest(v_job.flags) with ordinality as u(flag, n)
                    where u.flag = any (v_forbidden) order by u.n);
   if cardinality(v_flags) > 0 then
@@ -153,15 +190,25 @@ begin
     return array_to_string(v_causes, '; ');
   end if;
 
-  -- The queue is free, so each worker would take the first job in it that it may take.
+  -- The queue is free, so each worker would take the first job in it that it may take. Which of two it is, one of a task
+  -- with limits and one of another, depends on what else there is to claim: so none is behind the other.
   select case when count(h.id) = count(*) then min(h.id) end into v_head
   from pgworker.asked a
   left join lateral (
-    select o.id from pgworker.job o
-    where o.queue_name = v_job.queue_name and o.queue_name > '' and not o.waiting
-      and (o.priority, o.run_at, o.id) < (v_job.priority, v_job.run_at, p_id)
-      and o.run_at <= v_now and o.locked_by is null
-      and (a.tasks is null or o.task_identifier = any (a.tasks)) and o.task_identifier <> all (v_paused)
+    select o.id
+    from (select p.id, p.priority, p.run_at, p.task_identifier, p.flags
+          from pgworker.job p
+          where p.queue_name = v_job.queue_name and p.queue_name > '' and p.lane is null and not p.waiting
+            and p.run_at <= v_now and p.locked_by is null
+            and v_job.lane is null and p.task_identifier <> all (v_passed)
+          union all
+          select p.id, p.priority, p.run_at, p.task_identifier, p.flags
+          from pgworker.job p
+          where p.task_identifier = v_job.task_identifier and p.lane = v_job.lane and p.lane > '' and not p.waiting
+            and p.run_at <= v_now and p.locked_by is null
+            and v_job.queue_name is not null) as o
+    where (o.priority, o.run_at, o.id) < (v_job.priority, v_job.run_at, p_id)
+      and (a.tasks is null or o.task_identifier = any (a.tasks))
       and not coalesce(o.flags && (a.forbidden_flags || v_forbidden), false)
     order by o.priority, o.run_at, o.id limit 1) as h on true
   where (a.tasks is null or v_job.task_identifier = any (a.tasks))

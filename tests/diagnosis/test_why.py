@@ -129,6 +129,56 @@ def test_workers_whose_session_or_lease_is_over_do_not_count(db: Conn, connect: 
     assert why(db, job) == "no worker is live"
 
 
+def test_limits_of_concurrency(tx: Conn, worker: int) -> None:
+    call(tx, "configure_task", "a", max_concurrency=2, max_concurrency_per_key=1)
+    first, second, third, fourth = (add(tx, limit_key=key)["id"] for key in ("k", "k", "l", "m"))
+    assert all(why(tx, job).startswith("ready") for job in (first, second, third, fourth))
+    assert claim_ids(tx, worker) == [first]
+    key = "limit key k of task a is at its limit of 1 at once"
+    assert why(tx, second) == key
+    assert why(tx, third).startswith("ready")
+    assert claim_ids(tx, worker) == [third]
+    assert why(tx, fourth) == "task a is at its limit of 2 at once"
+    assert why(tx, second) == f"task a is at its limit of 2 at once; {key}"
+    call(tx, "complete_job", worker, first)
+    assert why(tx, second).startswith("ready")
+
+
+def test_limits_of_rates(tx: Conn, worker: int) -> None:
+    call(tx, "configure_task", "a", rate_limit=1, rate_interval="1 minute")
+    first, second = (add(tx)["id"] for _ in range(2))
+    assert claim_ids(tx, worker) == [first]
+    limit = "task a is at its limit of 1 in 00:01:00, and the next may run at 2031-05-17 12:01:00+00"
+    assert why(tx, second) == limit
+    move_clock(tx, "2031-05-17 12:01:00+00")
+    assert why(tx, second).startswith("ready")
+
+
+def test_jobs_of_a_limited_task_in_a_queue(tx: Conn, worker: int) -> None:
+    call(tx, "configure_task", "a", max_concurrency=5)
+    other, first, second = (add(tx, task, queue_name="q")["id"] for task in ("b", "a", "a"))
+    assert why(tx, second) == f"behind job {first}, which comes before it in queue q"
+    assert why(tx, first).startswith("ready")
+    assert why(tx, other).startswith("ready")
+    assert claim_ids(tx, worker) == [other]
+    assert why(tx, first) == f"behind job {other}, which runs in queue q"
+
+
+def test_a_job_that_was_added_while_limits_were_being_set(db: Conn, connect: Connections) -> None:
+    move_clock(db, NOON)
+    claim_ids(db, register(db))
+    adder = connect(autocommit=False)
+    job = add(adder)["id"]
+    call(db, "configure_task", "a", max_concurrency=5)
+    adder.commit()
+    line = "added while the limits of its task were being changed: maintain() puts it in line"
+    assert why(db, job).endswith(line)
+    move_clock(db, "2031-05-17 12:00:30+00")
+    call(db, "maintain")
+    call(db, "reschedule_jobs", [job], run_at=NOON)
+    assert why(db, job).startswith("ready")
+
+
 def test_what_a_node_of_a_tree_waits_for(tx: Conn, worker: int) -> None:
     tree = node("root", node("load"), node("rates"), node("page", node("draw"), after=["load", "rates"]))
     ids = plant(tx, tree)
