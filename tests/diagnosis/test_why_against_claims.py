@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -15,7 +16,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 
-from tests.calling import Conn, claim_ids, register, rows
+from tests.calling import Conn, add, call, claim_ids, register, rows, values
+from tests.clock import move_clock
 from tests.connections import Connections
 from tests.model.queue_model import Model
 from tests.model.test_against_model import EXAMPLES, Queue
@@ -126,5 +128,82 @@ def test_why_is_the_truth_about_trees(db: Conn) -> None:
         forest = ExplainedForest(db, families)
         for step in steps:
             forest.step(*step)
+
+    explain()
+
+
+_NOON = datetime(2031, 5, 17, 12, tzinfo=UTC)
+_limits = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_concurrency": st.sampled_from([1, 2]),
+        "max_concurrency_per_key": st.just(1),
+        "rate_limit": st.just(2),
+        "rate_limit_per_key": st.just(1),
+        "fair": st.booleans(),
+    },
+)
+_job = st.fixed_dictionaries(
+    {
+        "identifier": st.sampled_from(["a", "a", "b"]),
+        "limit_key": st.sampled_from([None, "k", "l"]),
+        "queue_name": st.sampled_from([None, None, "q"]),
+        "flags": st.sampled_from([None, None, ["x"]]),
+        "priority": st.sampled_from([0, 0, 1]),
+    }
+)
+_steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), _job),
+        st.tuples(st.just("add"), _job),
+        st.tuples(st.just("limit"), _limits),
+        st.tuples(st.just("claim"), st.sampled_from([1, 1, 2])),
+        st.tuples(st.just("complete"), st.integers(0, 9)),
+        st.tuples(st.just("pass"), st.sampled_from([1, 30])),
+    ),
+    min_size=15,
+    max_size=30,
+)
+
+
+def gets(conn: Conn, worker: int, job: int) -> bool:
+    """Whether a worker gets that job if no other is there to be claimed first."""
+    with conn.transaction(force_rollback=True):
+        conn.execute("select set_config('pgworker.cursor', '', false), set_config('pgworker.lanes', '', false)")
+        conn.execute("update pgworker.job set run_at = '2100-01-01' where id <> %s and locked_by is null", [job])
+        return claim_ids(conn, worker, 1000, forbidden_flags=["y"]) == [job]
+
+
+@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 120)
+def test_why_is_the_truth_about_limits(db: Conn) -> None:
+    @settings(max_examples=EXAMPLES or 15, **_SETTINGS)
+    @given(steps=_steps)
+    def explain(steps: list[tuple[str, Any]]) -> None:
+        now = _NOON
+        db.execute("truncate pgworker.job, pgworker.queue, pgworker.task, pgworker.permit, pgworker.worker")
+        db.execute("select set_config('pgworker.cursor', '', false), set_config('pgworker.lanes', '', false)")
+        move_clock(db, str(now))
+        worker = register(db, lease="1 day")
+        claim_ids(db, worker, forbidden_flags=["y"])
+        for kind, chosen in steps:
+            if kind == "add":
+                add(db, **chosen)
+            elif kind == "limit":
+                rates = {f"{name}": "20 seconds" for name in ("rate_interval", "rate_interval_per_key")}
+                wanted = {name: rate for name, rate in rates.items() if name.replace("interval", "limit") in chosen}
+                call(db, "configure_task", "a", **chosen, **wanted, reset=["all"])
+            elif kind == "claim":
+                claim_ids(db, worker, chosen, forbidden_flags=["y"])
+            elif kind == "complete":
+                held = values(db, "select id from pgworker.jobs where state = 'running' order by id")
+                for job in held[chosen : chosen + 1]:
+                    call(db, "complete_job", worker, job)
+            else:
+                now += timedelta(seconds=chosen)
+                move_clock(db, str(now))
+            said = ready(db)
+            got = would_get(db, worker, forbidden_flags=["y"])
+            assert got <= said
+            assert all(gets(db, worker, job) for job in said - got)
 
     explain()
