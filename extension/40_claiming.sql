@@ -6,9 +6,9 @@
 --   get_jobs, get_job        the public functions
 --   next_run_at              when a sleeping worker should look again
 --
--- Locks: the worker's row FOR KEY SHARE (it cannot be declared dead while it claims), then job rows with SKIP LOCKED
--- (a claim never waits for a job). Serial queues are in 45_queues.sql, tasks with limits in 42_limits.sql: this path
--- passes over them like over paused ones.
+-- Locks: the worker's row FOR KEY SHARE (it cannot be declared dead while it claims), its session's row of interest
+-- (nobody else's), then job rows with SKIP LOCKED (a claim never waits for a job). Serial queues are in 45_queues.sql,
+-- tasks with limits in 42_limits.sql: this path passes over them like over paused ones.
 --
 -- The cursor. A claim changes no indexed column (see 10_schema.sql), so what has been claimed stays in the index until
 -- it is vacuumed, which a long transaction anywhere can put off for hours. A session therefore remembers in the setting

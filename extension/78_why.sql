@@ -22,7 +22,8 @@ comment on view pgworker.asked is 'Internal: what live workers last asked for.';
 
 create function pgworker.and_more(p_some text[], p_all bigint) returns text
 language sql immutable parallel safe
-return case when p_all > cardinality(p_some) then array_to_string(p_some, ', ') || format(' and %s more', p_all - cardinality(p_some))
+return case when p_all > cardinality(p_some)
+            then array_to_string(p_some, ', ') || format(' and %s more', p_all - cardinality(p_some))
             else concat_ws(' and ', nullif(array_to_string(p_some[1 : cardinality(p_some) - 1], ', '), ''),
                            p_some[cardinality(p_some)]) end;
 comment on function pgworker.and_more(text[], bigint) is
@@ -75,9 +76,10 @@ begin
     join pgworker.job a on a.id = d.after_id
     where d.job_id = v_gate;
     return case when v_gate <> p_id then format('below job %s, which is ', v_gate) else '' end
-           || case when v_for.jobs = 0 then 'about to start: the siblings that it came after have ended, and maintain() opens it'
-                   else pgworker.named('waiting for its sibling', 'waiting for its siblings', v_for.ids, v_for.titles, v_for.jobs)
-                        || ', which it comes after' end;
+           || case when v_for.jobs = 0
+                   then 'about to start: the siblings that it came after have ended, and maintain() opens it'
+                   else pgworker.named('waiting for its sibling', 'waiting for its siblings', v_for.ids, v_for.titles,
+                                       v_for.jobs) || ', which it comes after' end;
   end if;
 
   select count(*) as jobs, (array_agg(c.id order by c.id))[1:3] as ids,
@@ -100,12 +102,13 @@ as $$
 begin
   if exists (select from pgworker.job j
              where j.id = p_id
-               and (j.lane is null) = exists (select from pgworker.task t where t.identifier = j.task_identifier and t.limited)) then
+               and (j.lane is null) = exists (select from pgworker.task t
+                                              where t.identifier = j.task_identifier and t.limited)) then
     return array['added while the limits of its task were being changed: maintain() puts it in line'];
   end if;
   return array(
-    select format('%s is at its limit of %s', case when g.lane_key <> '' then format('limit key %s of ', j.limit_key) else '' end
-                                              || 'task ' || g.task,
+    select format('%stask %s is at its limit of %s',
+                  case when g.lane_key <> '' then format('limit key %s of ', j.limit_key) end, g.task,
                   case when g.kind = 'rate'
                        then format('%s in %s, and the next may run at %s', g.most, g.per, date_trunc('second', f.free_at))
                        else g.most || ' at once' end)
@@ -253,7 +256,8 @@ begin
       return format('claimed by worker %s since %s', v_job.locked_by || coalesce(' (' || v_worker.name || ')', ''),
                     date_trunc('second', v_job.locked_at))
              || case when v_worker.ends_as is not null
-                     then format(', asked to stop (it will end as %s): %s', v_worker.ends_as, v_worker.cancel_reason) else '' end
+                     then format(', asked to stop (it will end as %s): %s', v_worker.ends_as, v_worker.cancel_reason)
+                     else '' end
              || case when v_worker.id is null then ', which is not registered any more: force_unlock_workers() takes it back'
                      when not v_worker.present then ', which is gone: maintain() gives it back after the grace' else '' end;
     else

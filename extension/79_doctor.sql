@@ -25,12 +25,14 @@ as $$
 begin
   return query
   with holder as (
-    select format('session %s', a.pid) as subject, a.xact_start as since, age(coalesce(a.backend_xmin, a.backend_xid)) as behind,
+    select format('session %s', a.pid) as subject, a.xact_start as since,
+           age(coalesce(a.backend_xmin, a.backend_xid)) as behind,
            case when a.backend_type is null then 100000 else 1000000 end as too_far,
            concat_ws(', ', 'role ' || a.usename, nullif(a.application_name, ''), a.state,
                      case when a.backend_type is null
                           then format('since when is not shown to role %s', current_user) end) as who,
-           format('End its transaction: select pg_terminate_backend(%s); idle_in_transaction_session_timeout prevents it.', a.pid)
+           format('End its transaction: select pg_terminate_backend(%s); idle_in_transaction_session_timeout prevents it.',
+                  a.pid)
            || case when a.backend_type is null then format(' To see more: grant pg_read_all_stats to %s.', current_user)
                    else '' end as advice
     from pg_catalog.pg_stat_activity a
@@ -49,8 +51,8 @@ begin
     where s.xmin is not null or (s.catalog_xmin is not null and s.database = current_database())
   )
   select case when h.since < p_now - interval '1 hour' then 'error' else 'warning' end, h.subject,
-         format('holds %s (%s): rows that died since cannot be removed', coalesce('a snapshot since ' || date_trunc('second', h.since),
-                format('a snapshot that is %s transactions old', h.behind)), h.who),
+         format('holds a snapshot %s (%s): rows that died since cannot be removed',
+                coalesce('since ' || date_trunc('second', h.since), format('that is %s transactions old', h.behind)), h.who),
          h.advice
   from holder h
   where h.since < p_now - interval '5 minutes' or (h.since is null and h.behind >= h.too_far);
@@ -82,7 +84,8 @@ begin
 
   return query
   select case when u.usage >= 0.5 then 'error' else 'warning' end, 'notifications',
-         format('their queue is %s %% full: some session listens and does not end its transaction', round(100 * u.usage::numeric, 1)),
+         format('their queue is %s %% full: some session listens and does not end its transaction',
+                round(100 * u.usage::numeric, 1)),
          'End it: it is among the oldest in pg_stat_activity. When the queue is full, whoever notifies cannot commit.'
   from (select pg_notification_queue_usage() as usage) as u
   where u.usage >= 0.01;
@@ -167,7 +170,8 @@ begin
   )
   select 'error', coalesce('task ' || l.task, 'workers'),
          format('%s due, since %s, and ', pgworker.so_many(sum(l.jobs)::bigint), date_trunc('second', min(l.since)))
-         || case when l.task is null then 'no worker is live' when l.known then 'all live workers that know the task forbid their flags'
+         || case when l.task is null then 'no worker is live'
+                 when l.known then 'all live workers that know the task forbid their flags'
                  else 'no live worker knows the task' end,
          case when l.task is null then 'Start a worker.' when l.known then 'Start a worker that takes these flags.'
               else 'Start a worker that has a handler for it, or cancel the jobs.' end
@@ -177,7 +181,8 @@ begin
 
   return query
   select 'warning', 'task ' || f.task_identifier,
-         format('%s failed for good within the last hour, %s in the hour before; the last one: %s', pgworker.so_many(f.now), f.before, f.error),
+         format('%s failed for good within the last hour, %s in the hour before; the last one: %s',
+                pgworker.so_many(f.now), f.before, f.error),
          'Mend what they say in last_error, then retry_jobs() runs them again.'
   from (select o.task_identifier, count(*) filter (where o.finished_at > p_now - interval '1 hour') as now,
                count(*) filter (where o.finished_at <= p_now - interval '1 hour') as before,
@@ -190,9 +195,11 @@ begin
 
   return query
   select 'error', 'schedule ' || s.name,
-         case when s.last_error is not null then format('its tick of %s could not be run: %s', date_trunc('second', s.next_tick), s.last_error)
+         case when s.last_error is not null
+              then format('its tick of %s could not be run: %s', date_trunc('second', s.next_tick), s.last_error)
               else format('is due since %s and was not run', date_trunc('second', s.due_at)) end,
-         case when s.last_error is not null then 'Mend what it says, or pause_schedule() it: it is tried again every few seconds.'
+         case when s.last_error is not null
+              then 'Mend what it says, or pause_schedule() it: it is tried again every few seconds.'
               else 'Workers call maintain(), which does it: see that one runs.' end
   from pgworker.schedule s
   where not s.paused and (s.last_error is not null or s.due_at < p_now - interval '1 minute')
@@ -200,9 +207,10 @@ begin
 
   return query
   select 'warning', 'trees',
-         format('what the end of jobs means for others in their trees is left undone, %s concerned, since %s', pgworker.so_many(count(*)),
-                date_trunc('second', min(u.since))),
-         'Workers call maintain(), which does it: see that one runs, and that no long transaction holds jobs (pg_stat_activity).'
+         format('what the end of jobs means for others in their trees is left undone, %s concerned, since %s',
+                pgworker.so_many(count(*)), date_trunc('second', min(u.since))),
+         'Workers call maintain(), which does it: see that one runs, and that no long transaction holds jobs '
+         '(pg_stat_activity).'
   from pgworker.unsettled u
   having min(u.since) < p_now - interval '1 minute';
 end
