@@ -10,6 +10,7 @@
 --   permit      limits of tasks: one row for each that they let through
 --   forbidden_flag   flags that no worker takes
 --   worker      registered workers and how their presence is known
+--   interest    what workers ask for when they claim
 --   notice      what a worker has still to be told about its jobs
 --   setting     options of this installation
 --   job_state   in which state a live job is
@@ -292,13 +293,14 @@ create table pgworker.unsettled (
   root_id  bigint,
   reason   text,
   cause_id bigint,
-  due      timestamptz not null default pgworker.clock()
+  due      timestamptz not null default pgworker.clock(),
+  since    timestamptz not null default pgworker.clock()
 );
 comment on table pgworker.unsettled is
   'What the end of a job has still to do to others in its tree, because somebody held their rows at that moment, or, '
   'before compensations (of the tree of root job_id), because some of them ran: maintain() does it when it is due, in the '
-  'order of n, and puts it off when that is so still. Nothing but n is unique: whoever writes here holds locks, and must '
-  'not wait for somebody who writes or does the same.';
+  'order of n, and puts it off when that is so still; since: when it was left for the first time. Nothing but n is unique: '
+  'whoever writes here holds locks, and must not wait for somebody who writes or does the same.';
 create index unsettled_job on pgworker.unsettled (job_id);
 
 create table pgworker.queue (
@@ -373,11 +375,23 @@ create table pgworker.worker (
   lease         interval,
   lease_until   timestamptz,
   missing_since timestamptz,
-  registered_at timestamptz not null
+  registered_at timestamptz not null,
+  version       text
 ) with (fillfactor = 50);
 comment on table pgworker.worker is
   'Registered workers. Without a lease presence is a session-level advisory lock (class 1886874482, the id''s low 31 '
-  'bits); missing_since is when maintain() first found it gone.';
+  'bits); missing_since is when maintain() first found it gone; version the one of pgworker that it was made for.';
+
+create table pgworker.interest (
+  worker_id       bigint not null,
+  pid             int    not null,
+  tasks           text[],
+  forbidden_flags text[],
+  primary key (worker_id, pid)
+);
+comment on table pgworker.interest is
+  'What a worker asked for when it last claimed in a session (pid), for those who want to know why nobody takes a job. '
+  'Written by the first claim of a session and by one that asks for something else, never by the others.';
 
 create table pgworker.notice (
   worker_id bigint not null,

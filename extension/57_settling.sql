@@ -366,7 +366,7 @@ begin
   delete from pgworker.unsettled u
   where u.ctid = any (array(select o.ctid from pgworker.unsettled o where o.due <= pgworker.clock()
                             order by o.due, o.n limit 1 for update skip locked))
-  returning u.job_id, u.what, u.root_id, u.reason, u.cause_id, nextval('pgworker.turn') as n into v_left;
+  returning u.job_id, u.what, u.root_id, u.reason, u.cause_id, u.since, nextval('pgworker.turn') as n into v_left;
   if not found then
     return false;
   end if;
@@ -400,7 +400,7 @@ begin
       end if;
   end case;
   -- What is held still waits a second, so that the others have their turn.
-  update pgworker.unsettled u set due = pgworker.clock() + interval '1 second'
+  update pgworker.unsettled u set due = pgworker.clock() + interval '1 second', since = least(u.since, v_left.since)
   where u.n > v_left.n and u.due <= pgworker.clock();
   return true;
 end

@@ -42,7 +42,7 @@ as $$
 begin
   perform pgworker.grant_producer(role);
   execute format(
-    'grant execute on function pgworker.check_client(int), pgworker.register_worker(text, interval), '
+    'grant execute on function pgworker.check_client(int), pgworker.register_worker(text, interval, text), '
     'pgworker.get_jobs(bigint, int, text[], text[]), pgworker.get_job(bigint, text[], text[]), '
     'pgworker.complete_job(bigint, bigint, jsonb, int), '
     'pgworker.fail_job(bigint, bigint, text, timestamptz, boolean, jsonb, int), '
@@ -75,7 +75,8 @@ begin
                  'pgworker.cron_next(text, timestamptz, text), pgworker.cron_preview(text, int, timestamptz, text), '
                  'pgworker.next_run_at(text[]), pgworker.children(bigint), '
                  'pgworker.get_children_values(bigint), pgworker.get_failed_children_values(bigint), '
-                 'pgworker.job_tree(bigint), pgworker.tree_progress(bigint), pgworker.audit() to %s', role);
+                 'pgworker.job_tree(bigint), pgworker.tree_progress(bigint), pgworker.audit(), '
+                 'pgworker.why(bigint), pgworker.doctor() to %s', role);
 end
 $$;
 comment on function pgworker.grant_observer(regrole) is
