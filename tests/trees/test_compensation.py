@@ -311,7 +311,7 @@ def test_many_jobs_are_undone_one_after_the_other(tx: Conn) -> None:
     call(tx, "finish_jobs", worker, claim_ids(tx, worker, 300), None, None, None)
     fail(tx, ids["z"])
     assert value(tx, "select count(*) from pgworker.compensations where state = 'waiting'") == 299
-    done = []
+    done: list[int] = []
     while len(done) < 300:
         for n, job in enumerate(call(tx, "get_jobs", worker, 10)):
             assert n == 0
