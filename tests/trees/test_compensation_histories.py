@@ -126,10 +126,10 @@ class History:
         return undone
 
 
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 120)
+@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 300)
 def test_what_was_undone_is_what_had_completed_backwards_if_the_tree_failed(db: Conn) -> None:
     @settings(
-        max_examples=EXAMPLES or 60,
+        max_examples=EXAMPLES or 30,
         deadline=None,
         derandomize=not EXAMPLES,
         database=None,
