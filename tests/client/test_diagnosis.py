@@ -55,4 +55,5 @@ def test_the_command_prints_findings_and_tells_errors_by_its_status(spawn: Spawn
     assert (status, err) == (1, "")
     assert [line.split()[0] for line in out.splitlines()] == ["SEVERITY", "error", "warning"]
     advice = out.splitlines()[0].index("ADVICE")
-    assert [line[advice:] for line in out.splitlines()] == ["ADVICE", "Start a worker.", finding.advice]
+    unknown = "Start a worker that has a handler for it, or cancel the jobs."
+    assert [line[advice:] for line in out.splitlines()] == ["ADVICE", unknown, finding.advice]
