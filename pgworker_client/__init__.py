@@ -22,6 +22,7 @@ from pgworker_client.hooks import JobEvent, WorkerEvent
 from pgworker_client.job import Job, JobRow
 from pgworker_client.node import Node
 from pgworker_client.outcome import Cancel, Fail, Retry, WaitsForChildren
+from pgworker_client.process_main import ProcessContext
 from pgworker_client.scheduling import (
     ScheduleOptions,
     ScheduleRow,
@@ -60,6 +61,7 @@ __all__ = [
     "Node",
     "NotInstalled",
     "PgworkerError",
+    "ProcessContext",
     "Retry",
     "ScheduleOptions",
     "ScheduleRow",

@@ -25,8 +25,10 @@ from pgworker_client.diagnosis import doctor
 from pgworker_client.enqueue import add_job
 from pgworker_client.errors import PgworkerError, one_line
 from pgworker_client.loading import load_directory, load_worker
-from pgworker_client.logs import log_to_stderr
+from pgworker_client.logs import LOGGER, log_to_stderr
 from pgworker_client.scheduling import load_crontab
+from pgworker_client.supervised import Supervised
+from pgworker_client.supervisor import Supervisor
 from pgworker_client.worker import Worker
 
 _Command = Callable[[argparse.Namespace], int]
@@ -43,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(importlib.import_module("pgworker_client.demo").main(given[1:]) or 0)
     parser = _parser()
     options = parser.parse_args(given)
+    # The same command once more, for --processes: as Python was called for this one, then the same arguments.
+    python = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1] if arguments is None else ["-m", __package__]
+    options.again = python, given
     command: _Command = options.command
     try:
         return command(options)
@@ -98,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--lease", type=float, metavar="S", help="presence by a lease of S seconds: for poolers")
     run.add_argument("--grace", type=float, metavar="S", help="seconds that running jobs get after the first signal")
     run.add_argument("--name", help="the worker's name in the database and in logs")
+    run.add_argument("--processes", type=int, metavar="N", help="N such workers, restarted when they die")
+    run.add_argument("--supervised", type=int, nargs=2, help=argparse.SUPPRESS)  # line to the supervisor, number
 
     job = add("add", _add, "Add a job and print its id.")
     job.add_argument("identifier", help="the task that is to handle it")
@@ -131,7 +138,13 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     if (options.worker is None) == (options.tasks is None):
         raise _UsageError("run: give MODULE:WORKER or --tasks DIR, one of the two")
-    log_to_stderr(logging.DEBUG if options.verbose else logging.INFO)
+    line, number = options.supervised or (None, None)
+    log_to_stderr(logging.DEBUG if options.verbose else logging.INFO, number)
+    if options.processes is not None and line is None:
+        python, given = options.again
+        Supervisor(python, given, options.processes, once=options.once, logger=logging.getLogger(LOGGER)).run()
+        return 0
+    supervised = None if line is None else Supervised(line, logging.getLogger(LOGGER))
     worker = load_worker(options.worker) if options.worker else Worker(tasks=load_directory(options.tasks))
     given = {
         "dsn": options.database,
@@ -142,7 +155,12 @@ def _run(options: argparse.Namespace) -> int:
         "name": options.name,
     }
     worker.settings = dataclasses.replace(worker.settings, **{key: to for key, to in given.items() if to is not None})
-    worker.run(once=options.once)
+    if supervised is None:
+        worker.run(once=options.once)
+        return 0
+    if worker.settings.name is not None:  # else it is made of the process id
+        worker.settings = dataclasses.replace(worker.settings, name=f"{worker.settings.name}-{number}")
+    worker.run_until(supervised.stops, once=options.once, started=supervised.started)
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pgworker_client.claiming import Claimer, prepare_claims
@@ -18,6 +18,7 @@ from pgworker_client.hooks import HookList, Hooks
 from pgworker_client.logs import Log
 from pgworker_client.middleware import Middleware, compose
 from pgworker_client.presence import Presence
+from pgworker_client.process_pool import ProcessPool
 from pgworker_client.running import Runner
 from pgworker_client.settings import Settings
 from pgworker_client.tasks import Task
@@ -56,7 +57,11 @@ class Engine:
         self._finisher = Finisher(self._finish_link, log, self._hooks, self._flushed)
         self._feed = Feed(loop, self._room)
         wrap = compose(middleware)
-        self._runners = [Runner(self._feed, tasks, self._finisher, around, wrap) for _ in range(settings.concurrency)]
+        self._processes = ProcessPool(settings.concurrency)
+        self._runners = [
+            Runner(self._feed, tasks, self._finisher, around, wrap, self._processes)
+            for _ in range(settings.concurrency)
+        ]
         self._claimer = Claimer(settings, self._claim_link, self._feed, self._finisher, log, tasks, self._running)
         self._presence = Presence(
             settings,
@@ -79,13 +84,18 @@ class Engine:
         if self._stops > 1:
             self._interrupting.set()
 
-    async def run(self, *, once: bool) -> None:
-        """Work until stopped, or with ``once`` until nothing is due. WorkerFailed if a part of the worker dies."""
+    async def run(self, *, once: bool, started: Callable[[], None]) -> None:
+        """Work until stopped, or with ``once`` until nothing is due. WorkerFailed if a part of the worker dies.
+
+        ``started`` is called when the worker is connected and registered.
+        """
         try:
             if not await self._start():
                 return
+            started()
             await self._work(once=once)
         finally:
+            self._processes.close()
             for link in (self._presence.link, self._claim_link, self._finish_link):
                 await link.close()
             await self._connections.close()

@@ -26,10 +26,14 @@ class Log(Adapter):
 
 
 class LineFormatter(logging.Formatter):
-    """One line a record: time, level, what, and the job it is about; tracebacks follow below as usual."""
+    """One line a record: time, level, what, and the job it is about; tracebacks follow below as usual.
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s%(about)s")
+    ``process``, a number, stands before what is said, where several processes write to one place.
+    """
+
+    def __init__(self, process: int | None = None) -> None:
+        who = "" if process is None else f"process {process}: "
+        super().__init__(f"%(asctime)s %(levelname)-7s {who}%(message)s%(about)s")
 
     def format(self, record: logging.LogRecord) -> str:
         task = getattr(record, "task", None)
@@ -37,10 +41,10 @@ class LineFormatter(logging.Formatter):
         return super().format(record)
 
 
-def log_to_stderr(level: int = logging.INFO) -> None:
+def log_to_stderr(level: int = logging.INFO, process: int | None = None) -> None:
     """What the command line does: the records of `pgworker` go to standard error, one line each."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter())
+    handler.setFormatter(LineFormatter(process))
     logger = logging.getLogger(LOGGER)
     logger.addHandler(handler)
     logger.setLevel(level)

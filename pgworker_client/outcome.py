@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from datetime import datetime, timedelta
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pgworker_client.settings import seconds
 
 #: `last_error` is shown in lists and copied to parents: a page of text tells as much as a megabyte.
 ERROR_LIMIT = 10_000
 _HEAD_LIMIT = 4_000
+
+_HERE = str(Path(__file__).parent)
+_ASYNCIO = str(Path(asyncio.__file__).parent)
 
 
 class Retry(Exception):
@@ -32,6 +38,14 @@ class Retry(Exception):
         self.at = at
         self.reason = reason
         super().__init__(reason or "the handler asked for a retry")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled as calls with their positional arguments, of which there are none here.
+        return _retry, (self.delay, self.at, self.reason)
+
+
+def _retry(delay: float | None, at: datetime | None, reason: str | None) -> Retry:
+    return Retry(in_=delay, at=at, reason=reason)
 
 
 class Fail(Exception):
@@ -60,6 +74,14 @@ class TimedOut(Exception):
     """The handler took longer than its task's timeout; kept as the job's `last_error`."""
 
 
+class ProcessDied(Exception):
+    """The process of a handler with ``executor="process"`` ended under it; kept as the job's `last_error`."""
+
+
+class RemoteTraceback(Exception):
+    """The cause of what a handler in another process raised: its error text, made there."""
+
+
 def storable(text: str) -> str:
     """``text`` as PostgreSQL can keep it: no NUL, no lone surrogate."""
     return text.replace("\x00", "").encode("utf-8", "backslashreplace").decode("utf-8")
@@ -75,6 +97,16 @@ def error_text(exc: BaseException, frames: TracebackType | None = None) -> str:
     if len(trace) > room:
         trace = "…\n" + trace[-room:]
     return storable(f"{head}\n\n{trace}".strip())
+
+
+def handlers_frames(frames: TracebackType | None) -> TracebackType | None:
+    """The traceback from the first frame on that is not this package's or asyncio's: the handler's own."""
+    while frames is not None:
+        file = frames.tb_frame.f_code.co_filename
+        if not file.startswith(_HERE) and not file.startswith(_ASYNCIO):
+            return frames
+        frames = frames.tb_next
+    return None
 
 
 def reason_text(exc: Retry | Fail) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from functools import partial
-from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any
 
 from pgworker_client.context import WAITING, BlockingContext, Context, Surroundings
@@ -15,24 +13,26 @@ from pgworker_client.errors import JobLost
 from pgworker_client.feed import Feed
 from pgworker_client.finishing import Finisher
 from pgworker_client.hooks import JobEventName
+from pgworker_client.importable import Place
 from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PAYLOAD, TASK, TIMEOUT, Row, decode, end_of_value, to_json
 from pgworker_client.middleware import Around
 from pgworker_client.outcome import (
     Cancel,
     Fail,
+    ProcessDied,
+    RemoteTraceback,
     Retry,
     TimedOut,
     WaitsForChildren,
     error_text,
+    handlers_frames,
     parts_error,
     reason_text,
 )
+from pgworker_client.process_pool import ProcessPool, ProcessRun
 from pgworker_client.reports import Outbox
 from pgworker_client.tasks import Task
 from pgworker_client.threads import HandlerThread
-
-_HERE = str(Path(__file__).parent)
-_ASYNCIO = str(Path(asyncio.__file__).parent)
 
 
 class Runner:
@@ -43,13 +43,20 @@ class Runner:
     """
 
     def __init__(
-        self, feed: Feed, tasks: dict[str, Task], finisher: Finisher, around: Surroundings, middleware: Around | None
+        self,
+        feed: Feed,
+        tasks: dict[str, Task],
+        finisher: Finisher,
+        around: Surroundings,
+        middleware: Around | None,
+        processes: ProcessPool,
     ) -> None:
         self._feed = feed
         self._tasks = tasks
         self._finisher = finisher
         self._around = around
         self._middleware = middleware
+        self._processes = processes
         self._thread: HandlerThread | None = None
         self._blocking: BlockingContext | None = None
         self._abandoned = False
@@ -149,13 +156,10 @@ class Runner:
 
     async def _call(self, task: Task, payload: Any, ctx: Context) -> Any:
         """Call the handler with everything that is around it."""
-        how = (
-            self._in_thread
-            if not task.is_async
-            else self._alone
-            if _longest(task, self._row) is None
-            else self._limited
-        )
+        if task.is_async:
+            how = self._alone if _longest(task, self._row) is None else self._limited
+        else:
+            how = self._in_thread if task.place is None else partial(self._in_process, task.place)
         if self._middleware is None:
             return await how(task, payload, ctx)
         return await self._middleware(ctx, partial(how, task, payload, ctx))
@@ -203,6 +207,20 @@ class Runner:
         finally:
             self._blocking = None
         return await result if inspect.isawaitable(result) else result
+
+    async def _in_process(self, place: Place, task: Task, payload: Any, ctx: Context) -> Any:
+        longest = _longest(task, self._row)
+        async with self._processes.process() as process:
+            if self._thread is None:
+                self._thread = HandlerThread(self._around.loop)
+            self._blocking = run = ProcessRun(ctx, self._around, process, longest)
+            try:
+                return await self._thread.call(partial(process.call, place), payload, run)
+            finally:
+                self._blocking = None
+                run.over()
+                if run.timed_out:  # whatever it had to say when it was told so
+                    raise TimedOut(f"timed out after {longest:g} s") from None
 
     def _returned(self, row: Row, ctx: Context, outbox: Outbox, result: Any) -> None:
         self._uncancel(ctx)
@@ -282,9 +300,15 @@ class Runner:
 
     @staticmethod
     def _failed(row: Row, ctx: Context, outbox: Outbox, exc: BaseException) -> None:
-        frames = _outside(exc.__traceback__)
-        shown = (type(exc), exc, frames) if frames is not None else None
-        text = str(exc) if isinstance(exc, TimedOut) else error_text(exc, frames)
+        frames = handlers_frames(exc.__traceback__)
+        elsewhere = exc.__cause__ if isinstance(exc.__cause__, RemoteTraceback) else None
+        shown = (type(exc), exc, frames) if frames is not None or elsewhere is not None else None
+        if isinstance(exc, (TimedOut, ProcessDied)):
+            text = str(exc)
+        elif elsewhere is not None:
+            text = str(elsewhere)
+        else:
+            text = error_text(exc, frames)
         ctx.logger.warning(
             "attempt %s of %s failed: %s", row[ATTEMPTS], row[MAX_ATTEMPTS], text.partition("\n")[0], exc_info=shown
         )
@@ -304,16 +328,6 @@ class Runner:
 def _longest(task: Task, row: Row | None) -> float | None:
     """How many seconds a run may take: as its handler says, else as the task's settings in the database do."""
     return task.timeout if task.timeout is not None or row is None else row[TIMEOUT]
-
-
-def _outside(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback from the first frame on that is not this package's or asyncio's: the handler's own."""
-    while frames is not None:
-        file = frames.tb_frame.f_code.co_filename
-        if not file.startswith(_HERE) and not file.startswith(_ASYNCIO):
-            return frames
-        frames = frames.tb_next
-    return None
 
 
 def _items(text: str) -> list[str]:

@@ -6,12 +6,15 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
+from pgworker_client.importable import Place, check_found, place_of
 from pgworker_client.payloads import typed
 from pgworker_client.settings import seconds
 
 Handler = Callable[[Any, Any], Any]
+#: Where a plain handler runs: in a process of its own. Without it, in a thread.
+Executor = Literal["process"]
 H = TypeVar("H", bound=Handler)
 
 
@@ -23,9 +26,16 @@ class Task:
     handler: Handler
     timeout: float | None
     is_async: bool
+    #: Where a process that is to run it finds it; None: no process is.
+    place: Place | None
 
 
-def make_task(identifier: str, handler: Handler, timeout: float | timedelta | None = None) -> Task:
+def make_task(
+    identifier: str,
+    handler: Handler,
+    timeout: float | timedelta | None = None,
+    executor: Executor | None = None,
+) -> Task:
     """The task of that name. TypeError or ValueError, naming it, when the handler or a setting is of no use."""
     if not identifier or not isinstance(identifier, str):
         raise TypeError(f"a task's identifier must be a text that is not empty, not {identifier!r}")
@@ -41,11 +51,19 @@ def make_task(identifier: str, handler: Handler, timeout: float | timedelta | No
         pass
     limit = None if timeout is None else seconds(f"timeout of task {identifier!r}", timeout, least=0.001)
     is_async = _is_async(handler)
+    if executor not in (None, "process"):
+        raise ValueError(f"task {identifier!r}: executor must be 'process' or None, not {executor!r}")
+    if executor is not None and is_async:
+        raise TypeError(
+            f"task {identifier!r}: an async handler runs in the worker's event loop; executor='process' is for plain "
+            "functions"
+        )
     try:
+        place = None if executor is None else place_of(handler)
         fitted = typed(handler, is_async=is_async)
     except TypeError as exc:
         raise TypeError(f"task {identifier!r}: {exc}") from exc
-    return Task(identifier, fitted, limit, is_async)
+    return Task(identifier, fitted, limit, is_async, place)
 
 
 class Tasks:
@@ -65,22 +83,35 @@ class Tasks:
             )
         self.by_name[task.identifier] = task
 
+    def check_places(self) -> None:
+        """TypeError for a handler that a process would not find where it was defined. Once all modules are loaded."""
+        for task in self.by_name.values():
+            if task.place is not None:
+                check_found(task.identifier, task.place, task.handler)
+
     @overload
     def task(self, handler: H, /) -> H: ...
 
     @overload
     def task(
-        self, identifier: str | None = None, /, *, timeout: float | timedelta | None = None
+        self,
+        identifier: str | None = None,
+        /,
+        *,
+        timeout: float | timedelta | None = None,
+        executor: Executor | None = None,
     ) -> Callable[[H], H]: ...
 
-    def task(self, given: Any = None, /, *, timeout: float | timedelta | None = None) -> Any:
+    def task(
+        self, given: Any = None, /, *, timeout: float | timedelta | None = None, executor: Executor | None = None
+    ) -> Any:
         """Make a function the handler of a task: ``@task``, ``@task("name")``, ``@task("name", timeout=60)``."""
         if callable(given):
             self.add(make_task(_name(given), given))
             return given
 
         def decorate(handler: H) -> H:
-            self.add(make_task(_name(handler) if given is None else given, handler, timeout))
+            self.add(make_task(_name(handler) if given is None else given, handler, timeout, executor))
             return handler
 
         return decorate

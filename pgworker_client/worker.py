@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
@@ -15,8 +14,10 @@ from pgworker_client.engine import Engine
 from pgworker_client.hooks import Hook, HookList, JobEventName, WorkerEventName
 from pgworker_client.logs import LOGGER
 from pgworker_client.middleware import M, Middleware, check_middleware
+from pgworker_client.process_main import NAME
 from pgworker_client.settings import Settings, seconds
-from pgworker_client.tasks import H, Handler, Tasks
+from pgworker_client.stopping import StopSource, on_signals
+from pgworker_client.tasks import Executor, H, Handler, Tasks
 
 K = TypeVar("K", bound=Hook)
 
@@ -78,16 +79,25 @@ class Worker:
 
     @overload
     def task(
-        self, identifier: str | None = None, /, *, timeout: float | timedelta | None = None
+        self,
+        identifier: str | None = None,
+        /,
+        *,
+        timeout: float | timedelta | None = None,
+        executor: Executor | None = None,
     ) -> Callable[[H], H]: ...
 
-    def task(self, given: Any = None, /, *, timeout: float | timedelta | None = None) -> Any:
+    def task(
+        self, given: Any = None, /, *, timeout: float | timedelta | None = None, executor: Executor | None = None
+    ) -> Any:
         """Make a function ``(payload, ctx)``, async or not, the handler of a task.
 
         ``@worker.task`` takes the function's name as the identifier, ``@worker.task("name", timeout=60)`` the one
-        given; ``timeout`` (seconds or a timedelta) limits each attempt. ValueError for an identifier that is taken.
+        given; ``timeout`` (seconds or a timedelta) limits each attempt. ``executor="process"`` runs it in a process,
+        for what is CPU-bound or may crash; then it must be a plain function that can be imported. ValueError for an
+        identifier that is taken.
         """
-        return self.tasks.task(given, timeout=timeout)
+        return self.tasks.task(given, timeout=timeout, executor=executor)
 
     def on(self, *events: JobEventName | WorkerEventName) -> Callable[[K], K]:
         """Have a function ``(event)``, async or not, called at these events: ``@worker.on("failed", "lost")``.
@@ -119,9 +129,18 @@ class Worker:
         Raises NotInstalled for a database without pgworker, psycopg's error when it cannot be reached at the start, and
         WorkerFailed when a part of the worker dies later on.
         """
+        self.run_until(on_signals, once=once)
+
+    def run_until(self, stops: StopSource, *, once: bool = False, started: Callable[[], None] = lambda: None) -> None:
+        """The same, told to stop by ``stops``; ``started`` is called once the worker is connected and registered."""
         loop = asyncio.new_event_loop()
+
+        async def work() -> None:
+            with stops(self.stop):
+                await self._work(once=once, started=started)
+
         try:
-            loop.run_until_complete(self._run_with_signals(once=once))
+            loop.run_until_complete(work())
         finally:
             _close(loop)
 
@@ -131,14 +150,23 @@ class Worker:
 
     async def run_async(self, *, once: bool = False) -> None:
         """The same inside a running event loop. Signals are left alone: call `stop`. Cancelling it stops at once."""
+        await self._work(once=once)
+
+    async def _work(self, *, once: bool, started: Callable[[], None] = lambda: None) -> None:
         if not self.tasks.by_name:
             raise ValueError("this worker has no tasks: add one with @worker.task, or give tasks={name: handler}")
         if self._running is not None:
             raise RuntimeError("this worker is running already")
+        if multiprocessing.current_process().name == NAME:
+            raise RuntimeError(
+                "a process for handlers has come to run a worker while it imported the main module: put the call of "
+                "worker.run() below: if __name__ == '__main__'"
+            )
+        self.tasks.check_places()
         engine = Engine(self.settings, self.tasks.by_name, self.state, self._logger, self._hooks, self._middleware)
         self._running = asyncio.get_running_loop(), engine
         try:
-            await engine.run(once=once)
+            await engine.run(once=once, started=started)
         finally:
             self._running = None
 
@@ -148,10 +176,6 @@ class Worker:
         if running is not None:
             with contextlib.suppress(RuntimeError):  # the loop has just ended
                 running[0].call_soon_threadsafe(running[1].stop)
-
-    async def _run_with_signals(self, *, once: bool) -> None:
-        with _on_signals(self.stop):
-            await self.run_async(once=once)
 
 
 def _close(loop: asyncio.AbstractEventLoop) -> None:
@@ -165,26 +189,3 @@ def _close(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()
-
-
-@contextlib.contextmanager
-def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call ``stop`` at each SIGTERM and SIGINT, if this is the main thread, the only one that may handle them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for number in before:
-            loop.add_signal_handler(number, stop)
-    except NotImplementedError:  # Windows
-        for number in before:
-            signal.signal(number, lambda *_: stop())
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            with contextlib.suppress(NotImplementedError):
-                loop.remove_signal_handler(number)
-            signal.signal(number, handler)
