@@ -4,6 +4,9 @@
 --   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
 --   attempt     runs of jobs that did not complete them
+--   counter     what jobs of trees still wait for
+--   dependency  which sibling comes after which
+--   unsettled   what the end of a job has still to do in its tree
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
 --   task        task settings that somebody made; no row is needed for a task to run
 --   permit      limits of tasks: one row for each that they let through
@@ -14,6 +17,8 @@
 --   job_state   in which state a live job is
 --   live        job as the public view shows it
 --   jobs        the public view over job and finished
+--   job_rows    rows of that view, in the order of the ids given
+--   claimed_job what a worker gets
 --
 -- A session keeps its plans, and one that was made while the table was empty, or while statistics said so (after an analyze
 -- under a long transaction, for example), must not read all of it later. So functions that look rows up pin
