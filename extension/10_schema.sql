@@ -3,6 +3,7 @@
 --   clock       the one place where the time comes from, so that a test can move it (fake_now)
 --   job         hot: live jobs only (waiting, scheduled, ready, running); a claim is a HOT update
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
+--   compensation  what undoes nodes of trees, if it comes to that
 --   attempt     runs of jobs that did not complete them
 --   counter     what jobs of trees still wait for
 --   dependency  which sibling comes after which
@@ -12,6 +13,7 @@
 --   permit      limits of tasks: one row for each that they let through
 --   forbidden_flag   flags that no worker takes
 --   worker      registered workers and how their presence is known
+--   interest    what workers ask for when they claim
 --   notice      what a worker has still to be told about its jobs
 --   setting     options of this installation
 --   job_state   in which state a live job is
@@ -276,19 +278,34 @@ comment on table pgworker.dependency is
   'job_id starts after its sibling after_id has finished; slot: which part of its counter counts that.';
 create index dependency_job on pgworker.dependency (job_id);
 
+create table pgworker.compensation (
+  node_id     bigint not null primary key,
+  root_id     bigint not null,
+  job_id      bigint,
+  finished_at timestamptz,
+  spec        jsonb  not null,
+  node        jsonb
+);
+comment on table pgworker.compensation is
+  'The compensate (spec) of nodes of trees. node and finished_at: what its compensation is told of the node and '
+  'when that ended, once it has completed and is about to be forgotten or undone, or was to stop and completed all the same; job_id: the job that undoes it. Kept as long as the tree.';
+create index compensation_root on pgworker.compensation (root_id);
+
 create table pgworker.unsettled (
   n        bigint      not null default nextval('pgworker.turn') primary key,
   job_id   bigint      not null,
-  what     text        not null check (what in ('release', 'open', 'fail', 'cancel', 'stop', 'forget')),
+  what     text        not null check (what in ('release', 'open', 'fail', 'cancel', 'stop', 'forget', 'compensate')),
   root_id  bigint,
   reason   text,
   cause_id bigint,
-  due      timestamptz not null default pgworker.clock()
+  due      timestamptz not null default pgworker.clock(),
+  since    timestamptz not null default pgworker.clock()
 );
 comment on table pgworker.unsettled is
-  'What the end of a job has still to do to others in its tree, because somebody held their rows at that moment: '
-  'maintain() does it when it is due, in the order of n, and puts it off when they are still held then. Nothing but n is '
-  'unique: whoever writes here holds locks, and must not wait for somebody who writes or does the same.';
+  'What the end of a job has still to do to others in its tree, because somebody held their rows at that moment, or, '
+  'before compensations (of the tree of root job_id), because some of them ran: maintain() does it when it is due, in the '
+  'order of n, and puts it off when that is so still; since: when it was left for the first time. Nothing but n is unique: '
+  'whoever writes here holds locks, and must not wait for somebody who writes or does the same.';
 create index unsettled_job on pgworker.unsettled (job_id);
 
 create table pgworker.queue (
@@ -363,11 +380,23 @@ create table pgworker.worker (
   lease         interval,
   lease_until   timestamptz,
   missing_since timestamptz,
-  registered_at timestamptz not null
+  registered_at timestamptz not null,
+  version       text
 ) with (fillfactor = 50);
 comment on table pgworker.worker is
   'Registered workers. Without a lease presence is a session-level advisory lock (class 1886874482, the id''s low 31 '
-  'bits); missing_since is when maintain() first found it gone.';
+  'bits); missing_since is when maintain() first found it gone; version the one of pgworker that it was made for.';
+
+create table pgworker.interest (
+  worker_id       bigint not null,
+  pid             int    not null,
+  tasks           text[],
+  forbidden_flags text[],
+  primary key (worker_id, pid)
+);
+comment on table pgworker.interest is
+  'What a worker asked for when it last claimed in a session (pid), for those who want to know why nobody takes a job. '
+  'Written by the first claim of a session and by one that asks for something else, never by the others.';
 
 create table pgworker.notice (
   worker_id bigint not null,

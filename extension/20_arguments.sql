@@ -195,11 +195,12 @@ begin
     v_path := format('.children[%s]', p_places[v_n]) || v_path;
     v_n := p_parents[v_n];
   end loop;
-  return p_base || case when p_base = 'tree' then '' else format('[%s]', p_places[v_n]) end || v_path;
+  return p_base || case when p_base = 'tree' then '' else coalesce('[' || p_places[v_n] || ']', '') end || v_path;
 end
 $$;
 comment on function pgworker.spec_label(text, bigint, int[], int[]) is
-  'Internal: what the p_n-th object is called in errors: specs[0], tree.children[2].children[0], children[1].';
+  'Internal: what the p_n-th object is called in errors: specs[0], tree.children[2].children[0], children[1]; p_base '
+  'where it has no place.';
 
 -- The EXCEPTION block costs a subtransaction, and only jobs that name a time or an interval come here: before PostgreSQL
 -- 16 there is no other way to learn that a text is none.

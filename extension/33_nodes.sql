@@ -9,7 +9,7 @@
 
 create function pgworker.node_keys() returns text[]
 language sql immutable parallel safe
-return pgworker.job_keys() || array['name', 'on_failure', 'children', 'after'];
+return pgworker.job_keys() || array['name', 'on_failure', 'children', 'after', 'compensate'];
 comment on function pgworker.node_keys() is 'Internal: the keys of an object that describes a node of a tree.';
 
 -- Up to 31 are counted in the total itself; more in parts. Jobs that lie side by side are claimed, and so ended, at about

@@ -136,6 +136,10 @@ begin
   from unnest(v_edges.froms, v_edges.tos) as e(f, t)
   order by 1, 2;
 
+  if exists (select from unnest(v_specs) as s(spec) where s.spec ? 'compensate') then
+    perform pgworker.add_compensations(v_specs, p_base, v_parents, v_places, v_ids, coalesce(p_parent.root_id, v_ids[1]));
+  end if;
+
   if v_past then
     perform nextval('pgworker.epoch');             -- behind the cursors
   end if;
@@ -169,7 +173,8 @@ $$;
 comment on function pgworker.add_job_tree(jsonb) is
   'Adds a job and the jobs that it waits for, in the caller''s transaction, and returns the root. Nodes have add_job''s '
   'arguments as keys, and name, on_failure (fail-parent, ignore, remove), children, after (names of siblings that have '
-  'to finish first). Raises 22023 and PW003 with the path of the node, before anything has been added.';
+  'to finish first), compensate (identifier and payload of the job that undoes it). Raises 22023 and PW003 with the path '
+  'of the node, before anything has been added.';
 
 create function pgworker.add_children(worker_id bigint, job_id bigint, children jsonb) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe security definer

@@ -2,12 +2,13 @@
 --
 --   cursor_at, cursor_time   times as numbers, for the cursor
 --   know_priorities          makes room in the cursor for priorities that the session has not met before
+--   note_interest            what a worker asks for, for why() and doctor()
 --   get_jobs, get_job        the public functions
 --   next_run_at              when a sleeping worker should look again
 --
--- Locks: the worker's row FOR KEY SHARE (it cannot be declared dead while it claims), then job rows with SKIP LOCKED
--- (a claim never waits for a job). Serial queues are in 45_queues.sql, tasks with limits in 42_limits.sql: this path
--- passes over them like over paused ones.
+-- Locks: the worker's row FOR KEY SHARE (it cannot be declared dead while it claims), its session's row of interest
+-- (nobody else's), then job rows with SKIP LOCKED (a claim never waits for a job). Serial queues are in 45_queues.sql,
+-- tasks with limits in 42_limits.sql: this path passes over them like over paused ones.
 --
 -- The cursor. A claim changes no indexed column (see 10_schema.sql), so what has been claimed stays in the index until
 -- it is vacuumed, which a long transaction anywhere can put off for hours. A session therefore remembers in the setting
@@ -61,6 +62,32 @@ end
 $$;
 comment on function pgworker.know_priorities(bigint[], int[]) is
   'Internal: the cursor with entries for these priorities too.';
+
+-- Called when the cursor is somebody else's: so a session that goes on asking for the same pays nothing. A row belongs to
+-- one session, so that sessions of one worker, which may claim in long transactions, do not wait for each other here.
+create function pgworker.note_interest(p_worker_id bigint, p_tasks text[], p_flags text[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (select from pgworker.interest i
+             where i.worker_id = p_worker_id and i.pid = pg_backend_pid()
+               and i.tasks is not distinct from p_tasks and i.forbidden_flags is not distinct from p_flags) then
+    return;
+  end if;
+  -- What was asked for in sessions that have ended is over.
+  delete from pgworker.interest i
+  where i.ctid = any (array(
+    select o.ctid from pgworker.interest o
+    where o.worker_id = p_worker_id
+      and (o.pid = pg_backend_pid() or o.pid not in (select a.pid from pg_stat_get_activity(null) a))
+    for update skip locked));
+  insert into pgworker.interest (worker_id, pid, tasks, forbidden_flags)
+  values (p_worker_id, pg_backend_pid(), p_tasks, p_flags);
+end
+$$;
+comment on function pgworker.note_interest(bigint, text[], text[]) is
+  'Internal: writes down which tasks and flags a worker asks for in this session, if that is not known yet.';
 
 create function pgworker.get_jobs(
   worker_id bigint, max_jobs int default 1, tasks text[] default null, forbidden_flags text[] default null
@@ -142,6 +169,7 @@ begin
   end if;
 
   if v_cursor[1] is distinct from v_whose then
+    perform pgworker.note_interest(worker_id, tasks, forbidden_flags);
     v_cursor := array[v_whose, v_worker.epoch, 0, -1, 0];
     v_sweeps := true;
   else

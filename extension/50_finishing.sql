@@ -220,6 +220,8 @@ declare
   v_results   jsonb[];
   v_retry     bigint[] := array[]::bigint[];
   v_messages  text[];
+  v_asked     bigint[];                            -- to stop, and completed nevertheless
+  v_values    jsonb[];
 begin
   if cardinality(v_attempts) <> cardinality(v_completed) + cardinality(v_failed) then
     raise exception using errcode = '22023',
@@ -294,13 +296,18 @@ begin
            array_agg(coalesce(l.cancel_reason, l.error)) filter (where f.over),
            array_agg(l.result) filter (where f.over),
            coalesce(array_agg(l.id) filter (where not f.over), '{}'),
-           array_agg(l.error) filter (where not f.over)
-    into v_ids, v_states, v_errors, v_results, v_retry, v_messages
+           array_agg(l.error) filter (where not f.over),
+           array_agg(l.id) filter (where l.success and l.ends_as is not null),
+           array_agg(l.result) filter (where l.success and l.ends_as is not null)
+    into v_ids, v_states, v_errors, v_results, v_retry, v_messages, v_asked, v_values
     from locked l
     cross join lateral (select l.success or l.ends_as is not null or not l.again as over) as f;
     -- What is to be retried first: if it is a sibling of what fails for good, it is then cancelled with the others.
     if cardinality(v_retry) > 0 then
       perform pgworker.retry_later(v_retry, v_messages, null, null);
+    end if;
+    if v_asked is not null then
+      perform pgworker.remember_success(v_asked, v_values);
     end if;
     if cardinality(v_ids) > 0 then
       perform pgworker.finish(v_ids, v_states, v_errors, v_results);
@@ -366,6 +373,9 @@ declare
   v_job pgworker.job;
 begin
   v_job := pgworker.lock_held(complete_job.worker_id, complete_job.job_id, complete_job.attempt);
+  if v_job.ends_as is not null then
+    perform pgworker.remember_success(array[v_job.id], array[complete_job.result]);
+  end if;
   perform pgworker.finish(array[v_job.id], array[coalesce(v_job.ends_as, 'completed')], array[v_job.cancel_reason],
                           array[complete_job.result]);
 end

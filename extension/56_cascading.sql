@@ -229,6 +229,8 @@ begin
       union all
       select f.id, false, true from pgworker.finished f
       where f.root_id = u.root_id and f.parent_id = u.id and f.has_children) as b
+    where u.id <> u.root_id                         -- what is live below the root of a tree that is being undone undoes it
+       or not exists (select from pgworker.compensation c where c.root_id = u.root_id and c.job_id is not null offset 0)
     union all
     select c.id, b.id, c.live, c.has_children, b.root_id, b.n
     from below b
@@ -400,14 +402,21 @@ begin
     cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id) as c
   )
   select array_agg(b.id) into v_ids from below b;
+  if exists (select from pgworker.compensation c where c.root_id = any (p_roots)) then
+    perform pgworker.remember(v_ids);
+  end if;
   -- Whoever holds one changes it, or makes it live again: that is looked at later.
   delete from pgworker.finished f
-  where f.ctid = any (array(select o.ctid from pgworker.finished o where o.id = any (v_ids) for update skip locked));
+  where f.ctid = any (array(select o.ctid from pgworker.finished o where o.id = any (v_ids) for update skip locked))
+    and not exists (select from pgworker.compensation c
+                    where c.node_id = f.id and c.node is null and f.state = 'completed' offset 0);
   v_gone := array(select u.id from unnest(v_ids) as u(id)
                   where not exists (select from pgworker.finished f where f.id = u.id offset 0)
                     and not exists (select from pgworker.job j where j.id = u.id offset 0));
   delete from pgworker.dependency d where d.after_id = any (v_gone);
   delete from pgworker.dependency d where d.job_id = any (v_gone);
+  perform pgworker.drop_compensations(array(select g.id from unnest(v_gone) as g(id)
+                                            where (g.id in (select r.id from unnest(p_roots) as r(id))) is true));
   perform pgworker.postpone(array_agg(f.parent_id), 'stop', array_agg(f.root_id),
                             array_agg(format('job %s was removed', f.parent_id)), array_agg(f.parent_id))
   from pgworker.finished f

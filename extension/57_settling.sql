@@ -192,7 +192,8 @@ declare
 begin
   while cardinality(v_rest) > 0 loop
     select max(e.depth) as depth, max(e.depth) = min(e.depth) as level, bool_or(e.has_followers) as followed,
-           bool_or(e.owns) as own, bool_or(e.vanishes) as vanish, count(distinct e.parent_id) as parents
+           bool_or(e.owns) as own, bool_or(e.vanishes) as vanish, bool_or(e.parent_id is null) as rooted,
+           count(distinct e.parent_id) as parents
     into v_all
     from unnest(v_rest) as e;
     if v_all.level then                            -- nearly always
@@ -253,6 +254,11 @@ begin
         perform pgworker.forget(v_ids, v_roots);
       end if;
     end if;
+
+    if v_all.rooted then
+      perform pgworker.compensate(array(select e.id from unnest(v_level) as e
+                                        where e.parent_id is null and e.state <> 'completed'));
+    end if;
   end loop;
 end
 $$;
@@ -277,12 +283,13 @@ declare
   v_counts  int[];
   v_all     bigint;
   v_plain   boolean;
+  v_rooted  boolean;
 begin
   -- Nearly always: leaves of one level that have completed, and nothing follows from that but the count of their parents.
   -- Of each job no more is looked at than that needs: children then cost little more than jobs that are in no tree.
   select array_agg(p.parent_id), array_agg(p.slot), array_agg(p.n), sum(p.n),
-         bool_and(p.plain) and max(p.depth) = min(p.depth)
-  into v_parents, v_slots, v_counts, v_all, v_plain
+         bool_and(p.plain) and max(p.depth) = min(p.depth), bool_or(p.parent_id is null)
+  into v_parents, v_slots, v_counts, v_all, v_plain, v_rooted
   from (select g.parent_id, g.slot, g.depth, count(*)::int as n,
                bool_and(g.slot is not null and not (g.has_children or g.waiting or g.has_followers)) as plain
         from gone g
@@ -302,6 +309,23 @@ begin
       perform pgworker.release(v_parents);
     end if;
     return null;
+  end if;
+
+  -- A tree that was to be undone if it fails does not vanish: a root that was removed is kept, as cancelled.
+  if v_rooted then
+    insert into pgworker.finished
+    select r.*
+    from gone g
+    cross join lateral jsonb_populate_record(
+      null::pgworker.finished,
+      to_jsonb(g) || jsonb_build_object(
+        'state', 'cancelled', 'started_at', g.locked_at, 'finished_at', pgworker.clock(), 'unique_until', null,
+        'keep_until', pgworker.clock() + coalesce((select t.keep_failed from pgworker.task t
+                                                   where t.identifier = g.task_identifier),
+                                                  pgworker.interval_setting('keep_failed')),
+        'last_error', format('job %s was removed', g.id))) as r
+    where g.id = g.root_id and exists (select from pgworker.compensation c where c.root_id = g.id offset 0)
+      and not exists (select from pgworker.finished f where f.id = g.id offset 0);
   end if;
 
   select array_agg(row(g.id, g.parent_id, g.root_id, g.depth, g.slot, g.has_children or g.waiting,
@@ -343,7 +367,7 @@ begin
   delete from pgworker.unsettled u
   where u.ctid = any (array(select o.ctid from pgworker.unsettled o where o.due <= pgworker.clock()
                             order by o.due, o.n limit 1 for update skip locked))
-  returning u.job_id, u.what, u.root_id, u.reason, u.cause_id, nextval('pgworker.turn') as n into v_left;
+  returning u.job_id, u.what, u.root_id, u.reason, u.cause_id, u.since, nextval('pgworker.turn') as n into v_left;
   if not found then
     return false;
   end if;
@@ -367,12 +391,17 @@ begin
       elsif exists (select from pgworker.job j where j.id = v_left.job_id) then
         perform pgworker.postpone(array[v_left.job_id], v_left.what, null, array[v_left.reason], array[v_left.cause_id]);
       end if;
+    when 'compensate' then
+      perform pgworker.compensate(array[v_left.job_id]);
     else
       delete from pgworker.counter c
       where c.job_id = v_left.job_id and not exists (select from pgworker.job j where j.id = v_left.job_id);
+      if not exists (select from pgworker.jobs o where o.id = v_left.job_id) then
+        perform pgworker.drop_compensations(array[v_left.job_id]);
+      end if;
   end case;
   -- What is held still waits a second, so that the others have their turn.
-  update pgworker.unsettled u set due = pgworker.clock() + interval '1 second'
+  update pgworker.unsettled u set due = pgworker.clock() + interval '1 second', since = least(u.since, v_left.since)
   where u.n > v_left.n and u.due <= pgworker.clock();
   return true;
 end

@@ -201,7 +201,7 @@ begin
     left join (select c.job_id, c.after, count(*) as parts from counter c where c.slot > 0 and c.pending > 0
                group by c.job_id, c.after) as o on o.job_id = p.job_id and o.after = p.after
   ), ending as (
-    select u.job_id as id, true as written from pgworker.unsettled u
+    select u.job_id as id, true as written from pgworker.unsettled u where u.what <> 'compensate'
     union
     select l.id, false from live l where l.ends_as is not null
     union
@@ -271,6 +271,22 @@ begin
     where l.waiting and l.gate_id is not null and l.parent_id is not null
       and not exists (select from live p where p.id = l.parent_id)
       and not exists (select from counter c where c.job_id = l.gate_id and c.after and c.pending > 0)
+    union all
+    select c.node_id, format('is to be compensated when its tree fails, but that (of root %s) is not known', c.root_id)
+    from pgworker.compensation c
+    where not exists (select from known r where r.id = c.root_id)
+      and not exists (select from pgworker.unsettled u where u.job_id = c.root_id and u.what = 'forget')
+    union all
+    select c.node_id, 'has completed in a tree that has failed, and is not going to be compensated'
+    from pgworker.compensation c
+    join pgworker.finished r on r.id = c.root_id and r.state in ('failed', 'cancelled')
+    left join pgworker.finished f on f.id = c.node_id
+    where c.job_id is null and (c.node is not null or f.state = 'completed')
+      and not exists (select from pgworker.unsettled u where u.job_id = c.root_id and u.what = 'compensate')
+    union all
+    select l.id, 'is live, though its tree is being undone'
+    from live l
+    where l.id < (select min(c.job_id) from pgworker.compensation c where c.root_id = l.root_id)
   )
   -- What is written down to be done is not wrong yet; nor are counters where somebody is to end, and everything below
   -- with it: what made it fail has not been taken off them.

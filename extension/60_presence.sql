@@ -1,6 +1,7 @@
 -- 60_presence.sql: workers that come, stay, go and die
 --
 --   check_client        is this client made for this schema
+--   presence            who is there (a view)
 --   register_worker     a worker comes
 --   heartbeat           it is still there, and learns what it must stop
 --   unregister_worker   it goes
@@ -38,7 +39,19 @@ language sql immutable parallel safe
 return (p_worker_id & 2147483647)::int;
 comment on function pgworker.presence_key(bigint) is 'Internal: second half of a worker''s advisory lock.';
 
-create function pgworker.register_worker(name text default null, lease interval default null) returns bigint
+create view pgworker.presence as
+select w.id, w.name, w.lease, w.lease_until, w.missing_since, w.version,
+       case when w.lease is not null then w.lease_until > (select pgworker.clock())
+            else pgworker.presence_key(w.id)::oid in (
+                   select l.objid from pg_catalog.pg_locks l
+                   where l.locktype = 'advisory' and l.classid = 1886874482 and l.objsubid = 2 and l.granted
+                     and l.database = (select d.oid from pg_catalog.pg_database d
+                                       where d.datname = current_database())) end as present
+from pgworker.worker w;
+comment on view pgworker.presence is 'Internal: registered workers, and whether they are present.';
+
+create function pgworker.register_worker(name text default null, lease interval default null, version text default null)
+returns bigint
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -51,8 +64,9 @@ begin
       message = format('lease must be longer than nothing and at most 10 years, got %s', lease),
       hint = 'Give an interval such as 30 seconds and call heartbeat() well within it, or null for presence by session.';
   end if;
-  insert into pgworker.worker as w (name, lease, lease_until, registered_at)
-  values (register_worker.name, register_worker.lease, v_now + register_worker.lease, v_now)
+  insert into pgworker.worker as w (name, lease, lease_until, registered_at, version)
+  values (register_worker.name, register_worker.lease, v_now + register_worker.lease, v_now,
+          coalesce(register_worker.version, pgworker.version()))
   returning w.id into v_id;
   if lease is null then
     perform pg_advisory_lock_shared(1886874482, pgworker.presence_key(v_id));
@@ -60,9 +74,10 @@ begin
   return v_id;
 end
 $$;
-comment on function pgworker.register_worker(text, interval) is
+comment on function pgworker.register_worker(text, interval, text) is
   'Registers a worker and returns its id. Without a lease it is present as long as this database session lives; with one '
-  'it must call heartbeat() before the lease is over (for transaction poolers).';
+  'it must call heartbeat() before the lease is over (for transaction poolers). version: the one of pgworker that it was '
+  'made for, null for the one that is installed; doctor() compares.';
 
 create function pgworker.heartbeat(worker_id bigint) returns table (job_id bigint, notice text)
 language plpgsql volatile parallel unsafe security definer
@@ -213,6 +228,7 @@ begin
   v_gone := array(select w.id from unnest(p_worker_ids) as w(id)
                   except select j.locked_by from pgworker.job j where j.locked_by = any (p_worker_ids));
   delete from pgworker.notice n where n.worker_id = any (v_gone);
+  delete from pgworker.interest i where i.worker_id = any (v_gone);
   delete from pgworker.worker w where w.id = any (v_gone);
   return cardinality(v_gone) = cardinality(p_worker_ids);
 end
@@ -265,19 +281,26 @@ begin
   if cardinality(v_old) = 0 then
     return false;
   end if;
-  -- A tree goes with its root and not before; where something of it is live after all, the root waits for that.
+  -- A tree goes with its root and not before; where something of it is live after all, or is still to be
+  -- undone, the root waits for that.
   update pgworker.finished f set keep_until = p_now + interval '1 hour'
   where f.id = any (v_old) and f.root_id is not null
-    and exists (select from pgworker.job j where j.root_id = f.id offset 0);
+    and (exists (select from pgworker.job j where j.root_id = f.id offset 0)
+         or exists (select from pgworker.unsettled u where u.job_id = f.id and u.what = 'compensate' offset 0));
   v_roots := array(select f.id from pgworker.finished f
                    where f.id = any (v_old) and f.root_id is not null and f.keep_until < p_now);
   v_nodes := array(select f.id from pgworker.finished f
                    where f.root_id = any (v_roots) and f.parent_id is not null limit 1000);
   delete from pgworker.finished f where f.id = any (v_nodes);
   delete from pgworker.dependency d where d.job_id = any (v_nodes);
-  delete from pgworker.finished f
-  where f.id = any (v_old) and f.keep_until < p_now
-    and not exists (select from pgworker.finished o where o.root_id = f.id and o.parent_id is not null offset 0);
+  with gone as (
+    delete from pgworker.finished f
+    where f.id = any (v_old) and f.keep_until < p_now
+      and not exists (select from pgworker.finished o where o.root_id = f.id and o.parent_id is not null offset 0)
+    returning f.id, f.root_id
+  )
+  select array_agg(g.id) filter (where g.root_id is not null) into v_roots from gone g;
+  perform pgworker.drop_compensations(v_roots);
   return cardinality(v_old) = 1000 or cardinality(v_nodes) > 0;
 end
 $$;
@@ -305,17 +328,11 @@ begin
   from pgworker.setting s where s.name = 'rescue_grace';
 
   for v_worker in
-    select w.id, w.name, w.lease, w.lease_until, w.missing_since,
-           exists (select from pg_catalog.pg_locks l
-                   where l.locktype = 'advisory' and l.classid = 1886874482 and l.objsubid = 2 and l.granted
-                     and l.objid = pgworker.presence_key(w.id)::oid
-                     and l.database = (select d.oid from pg_catalog.pg_database d
-                                       where d.datname = current_database())) as present
-    from pgworker.worker w
+    select w.id, w.lease, w.missing_since, w.present from pgworker.presence w
     order by w.id
   loop
     if v_worker.lease is not null then
-      continue when v_worker.lease_until > v_now;
+      continue when v_worker.present;
     elsif v_worker.present then
       if v_worker.missing_since is not null then
         update pgworker.worker w set missing_since = null where w.id = v_worker.id;

@@ -28,10 +28,13 @@ set jit = off
 as $$
 declare
   v_ids    constant bigint[] := pgworker.lock_pending(complete_jobs.job_ids);
+  v_late   constant bigint[] := pgworker.lock_compensated(complete_jobs.job_ids);
   v_failed bigint[];
 begin
   v_failed := array(select f.id from pgworker.finished f
-                    where f.id = any (complete_jobs.job_ids) and f.state = 'failed' order by f.id for update);
+                    where f.id = any (complete_jobs.job_ids) and f.state = 'failed'
+                      and f.id not in (select u.id from unnest(v_late) as u(id))
+                    order by f.id for update);
   perform pgworker.finish(v_ids, array_fill('completed'::text, array[cardinality(v_ids)]), null, null, true);
   update pgworker.finished f
   set state = 'completed', finished_at = pgworker.clock(), worker_id = null, worker_name = null,
@@ -43,11 +46,13 @@ begin
                                                           pgworker.interval_setting('keep_results'))))
                         else f.keep_until end
   where f.id = any (v_failed);
+  perform pgworker.compensate(array(select f.root_id from pgworker.finished f where f.id = any (v_failed)));
   return query select r.* from pgworker.job_rows(v_ids || v_failed) r;
 end
 $$;
 comment on function pgworker.complete_jobs(bigint[]) is
-  'Finishes these jobs as completed: those that are not running, and those that have failed. Returns the changed ones.';
+  'Finishes these jobs as completed: those that are not running, and those that have failed (but not in a tree that is '
+  'being undone). Returns the changed ones.';
 
 create function pgworker.permanently_fail_jobs(job_ids bigint[], error_message text default null)
 returns setof pgworker.jobs
@@ -347,7 +352,8 @@ begin
     perform pgworker.forget(array_agg(f.id), array_agg(f.id))
     from pgworker.finished f
     where f.state = 'failed' and f.root_id = f.id
-      and not exists (select from pgworker.job j where j.root_id = f.id offset 0);
+      and not exists (select from pgworker.job j where j.root_id = f.id offset 0)
+      and not exists (select from pgworker.unsettled u where u.job_id = f.id and u.what = 'compensate' offset 0);
   end if;
   if 'gc_task_identifiers' = any (cleanup.tasks) then
     -- A task that is paused stays, as one of which anything else is set: somebody made these settings.

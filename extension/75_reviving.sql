@@ -9,7 +9,8 @@
 -- Every job that failed or was cancelled because of another one says so (cause_id, which is always where it began). So a
 -- retry undoes what followed: the siblings that were cancelled and the ancestors that failed are live again, and wait.
 -- What completed stays completed.
--- Locks: live rows below them by id; finished rows by id; then counters, deepest first, as in 57_settling.sql.
+-- Locks: live rows below them by id; compensations of their trees (59_compensating.sql); finished rows by id; then
+-- counters, deepest first, as in 57_settling.sql.
 
 create function pgworker.consequences(p_ids bigint[]) returns bigint[]
 language plpgsql stable parallel safe
@@ -214,14 +215,19 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
+  v_late  constant bigint[] := pgworker.lock_compensated(p_ids);
   v_asked bigint[];
   v_ids   bigint[];
   v_nodes bigint[];
   v_keeps boolean;
 begin
+  if cardinality(v_late) > 0 then
+    raise notice using message = format('passed over, for their trees are being undone: jobs %s', array_to_string(v_late, ', ')),
+      hint = 'Add the tree anew.';
+  end if;
   v_asked := array(
     select f.id from pgworker.finished f
-    where f.id = any (p_ids) and f.state = any (p_states)
+    where f.id = any (p_ids) and f.state = any (p_states) and f.id not in (select u.id from unnest(v_late) as u(id))
       and coalesce(p_attempts, f.attempts) < coalesce(p_max_attempts, f.max_attempts)
     order by f.id);
   v_ids := array(
@@ -251,9 +257,12 @@ begin
     on conflict (key) where key is not null do nothing;
   end loop;
   delete from pgworker.finished f where f.id = any (v_ids);
+  update pgworker.compensation c set node = null, finished_at = null where c.node_id = any (v_ids) and c.node is not null;
   v_nodes := array(select j.id from pgworker.job j where j.id = any (v_ids) and j.root_id is not null);
   if cardinality(v_nodes) > 0 then
     perform pgworker.rejoin(v_nodes);
+    -- Of a tree that stays failed: what completes now is undone too.
+    perform pgworker.compensate(array(select distinct j.root_id from pgworker.job j where j.id = any (v_nodes)));
   end if;
   return v_ids;
 end
@@ -279,4 +288,4 @@ comment on function pgworker.retry_jobs(bigint[]) is
   'Failed and cancelled jobs run again, now and with fresh attempts; a key that a live job has taken meanwhile stays with '
   'that one. In a tree, so does what failed or was cancelled below them; ancestors that failed because of them, siblings '
   'that were cancelled with these, and other children that made those ancestors fail, are live again; what completed '
-  'stays completed. Returns all of these.';
+  'stays completed. Jobs of a tree whose compensations have begun are passed over. Returns all of these.';

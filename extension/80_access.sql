@@ -42,7 +42,7 @@ as $$
 begin
   perform pgworker.grant_producer(role);
   execute format(
-    'grant execute on function pgworker.check_client(int), pgworker.register_worker(text, interval), '
+    'grant execute on function pgworker.check_client(int), pgworker.register_worker(text, interval, text), '
     'pgworker.get_jobs(bigint, int, text[], text[]), pgworker.get_job(bigint, text[], text[]), '
     'pgworker.complete_job(bigint, bigint, jsonb, int), '
     'pgworker.fail_job(bigint, bigint, text, timestamptz, boolean, jsonb, int), '
@@ -66,8 +66,8 @@ as $$
 begin
   perform pgworker.refuse_role(role);
   execute format('grant usage on schema pgworker to %s', role);
-  execute format('grant select on pgworker.jobs, pgworker.tasks, pgworker.job_attempts, pgworker.schedules, '
-                 'pgworker.forbidden_flags, pgworker.settings to %s', role);
+  execute format('grant select on pgworker.jobs, pgworker.tasks, pgworker.compensations, pgworker.job_attempts, '
+                 'pgworker.schedules, pgworker.forbidden_flags, pgworker.settings to %s', role);
   -- clock, moved_clock and the like: a view's functions run with the rights of who reads it
   execute format('grant execute on function pgworker.version(), pgworker.clock(timestamptz), '
                  'pgworker.job_state(bigint, boolean, timestamptz, timestamptz), pgworker.default_setting(text), '
@@ -76,7 +76,8 @@ begin
                  'pgworker.cron_next(text, timestamptz, text), pgworker.cron_preview(text, int, timestamptz, text), '
                  'pgworker.next_run_at(text[]), pgworker.children(bigint), '
                  'pgworker.get_children_values(bigint), pgworker.get_failed_children_values(bigint), '
-                 'pgworker.job_tree(bigint), pgworker.tree_progress(bigint), pgworker.audit() to %s', role);
+                 'pgworker.job_tree(bigint), pgworker.tree_progress(bigint), pgworker.audit(), '
+                 'pgworker.why(bigint), pgworker.doctor() to %s', role);
 end
 $$;
 comment on function pgworker.grant_observer(regrole) is

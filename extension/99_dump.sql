@@ -3,6 +3,7 @@
 select pg_catalog.pg_extension_config_dump('pgworker.setting', '');
 select pg_catalog.pg_extension_config_dump('pgworker.job', '');
 select pg_catalog.pg_extension_config_dump('pgworker.finished', '');
+select pg_catalog.pg_extension_config_dump('pgworker.compensation', '');
 select pg_catalog.pg_extension_config_dump('pgworker.attempt', '');
 select pg_catalog.pg_extension_config_dump('pgworker.counter', '');
 select pg_catalog.pg_extension_config_dump('pgworker.dependency', '');
@@ -13,6 +14,7 @@ select pg_catalog.pg_extension_config_dump('pgworker.permit', '');
 select pg_catalog.pg_extension_config_dump('pgworker.forbidden_flag', '');
 select pg_catalog.pg_extension_config_dump('pgworker.schedule', '');
 select pg_catalog.pg_extension_config_dump('pgworker.worker', '');
+select pg_catalog.pg_extension_config_dump('pgworker.interest', '');
 select pg_catalog.pg_extension_config_dump('pgworker.notice', '');
 select pg_catalog.pg_extension_config_dump('pgworker.job_id', '');
 select pg_catalog.pg_extension_config_dump('pgworker.worker_id', '');

@@ -14,6 +14,7 @@ from pgworker_client.administration import (
     retry_jobs,
 )
 from pgworker_client.context import BlockingContext, Context
+from pgworker_client.diagnosis import Finding, doctor, why
 from pgworker_client.enqueue import JobOptions, JobSpec, add_job, add_jobs, remove_job
 from pgworker_client.errors import JobLost, NotInstalled, PgworkerError, WorkerFailed
 from pgworker_client.events import StateChange, Subscription, subscribe
@@ -49,6 +50,7 @@ __all__ = [
     "Cancel",
     "Context",
     "Fail",
+    "Finding",
     "Job",
     "JobEvent",
     "JobLost",
@@ -79,6 +81,7 @@ __all__ = [
     "complete_jobs",
     "configure",
     "cron_preview",
+    "doctor",
     "forbid_flag",
     "configure_task",
     "get_children_values",
@@ -96,4 +99,5 @@ __all__ = [
     "subscribe",
     "tree_progress",
     "unschedule_job",
+    "why",
 ]

@@ -21,6 +21,7 @@ import psycopg
 from pgworker_client import schema
 from pgworker_client.cli_tree import show_tree
 from pgworker_client.connection import connection_string
+from pgworker_client.diagnosis import doctor
 from pgworker_client.enqueue import add_job
 from pgworker_client.errors import PgworkerError, one_line
 from pgworker_client.loading import load_directory, load_worker
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     crontab.add_argument("file", type=argparse.FileType(encoding="utf-8"), metavar="FILE", help="- is standard input")
     crontab.add_argument("--prune", action="store_true", help="remove those made so before that are not in it any more")
 
+    add("doctor", _doctor, "Say what is wrong with the installation, or soon will be; status 1 on an error.")
     add("install", _install, "Install pgworker in the database: as an extension if offered, else the same SQL by hand.")
     add("upgrade", _upgrade, "Bring pgworker in the database to the version of this client.")
     commands.add_parser("demo", help="A small shop's jobs, run before your eyes.")
@@ -187,6 +189,18 @@ def _crontab(options: argparse.Namespace) -> int:
     for one in made:
         print(f"{one.name}  {one.next_tick or 'paused'}")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    with _connect(options) as conn:
+        findings, database = doctor(conn), conn.info.dbname
+    table = [("SEVERITY", "SUBJECT", "FINDING", "ADVICE"), *map(dataclasses.astuple, findings)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table if findings else ():
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    if not findings:
+        print(f"nothing found in database {database}")
+    return int(any(finding.severity == "error" for finding in findings))
 
 
 def _install(options: argparse.Namespace) -> int:

@@ -28,6 +28,8 @@ class Node:
         after: siblings, or their names: this node and everything below it start when those have finished.
         on_failure: what becomes of the parent when this job fails for good: ``fail-parent`` (the default), ``ignore``,
             ``remove``.
+        compensate: the job that undoes what this one did when the tree fails for good, a `Node` or a dict: identifier,
+            payload, queue_name, max_attempts, priority, flags. Its payload also gets the ``node`` that it is to undo.
         **options: as in `add_job`.
     """
 
@@ -42,13 +44,15 @@ class Node:
         children: Sequence[NodeLike] = (),
         after: Sequence[Node | str] = (),
         on_failure: Policy | None = None,
+        compensate: NodeLike | None = None,
         **options: Unpack[JobOptions],
     ) -> None:
-        refuse_unknown("Node", options, "name", "children", "after", "on_failure")
+        refuse_unknown("Node", options, "name", "children", "after", "on_failure", "compensate")
         for argument, value in (("children", children), ("after", after)):
             if isinstance(value, (str, Node, Mapping)):
                 raise TypeError(f"{argument} of node {identifier!r} must be a list, not {value!r}")
-        given = {"identifier": identifier, "payload": payload, "name": name, "on_failure": on_failure, **options}
+        given = {"identifier": identifier, "payload": payload, "name": name, "on_failure": on_failure}
+        given |= {"compensate": compensate, **options}
         #: What is said of the job itself, by the names that the database knows; what is None is left out.
         self.fields: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         self.children = list(children)
@@ -138,6 +142,13 @@ def _parts(place: _Place) -> tuple[Any, Sequence[Any]]:
     else:
         return node, ()
     own = plain_spec(own, where + ".")
+    undo = own.get("compensate")
+    if isinstance(undo, Node):
+        if undo.children or undo.after:
+            raise ValueError(f"{where}.compensate: {undo!r} is one job: it can have neither children nor after")
+        undo = undo.fields
+    if isinstance(undo, Mapping):
+        own["compensate"] = plain_spec(undo, f"{where}.compensate.")
     if after:
         own["after"] = [_name(one, f"{where}.after[{index}]", siblings) for index, one in enumerate(after)]
     return own, children

@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import tuple_row
 
+from pgworker_client import schema
 from pgworker_client.connection import Link
 from pgworker_client.errors import INCOMPATIBLE, UNKNOWN_WORKER, LinkDown, NotInstalled, one_line
 from pgworker_client.logs import Log
@@ -130,8 +131,8 @@ class Presence:
         lease = None if self._settings.lease is None else timedelta(seconds=self._settings.lease)
         cur = psycopg.AsyncCursor(conn, row_factory=tuple_row)
         await cur.execute(
-            "select pgworker.register_worker(%s::text, %s::interval)",
-            (self._settings.worker_name(), lease),
+            "select pgworker.register_worker(%s::text, %s::interval, %s::text)",
+            (self._settings.worker_name(), lease, schema.version()),
             prepare=False,
         )
         ((worker_id,),) = await cur.fetchall()

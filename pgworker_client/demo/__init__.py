@@ -31,7 +31,7 @@ from pgworker_client.errors import PgworkerError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo. Exit status: 0 all went as described, 1 it did not, 2 wrong usage, 128 + n stopped by signal n."""
     options = _parser().parse_args(arguments)
-    # A transaction in which the signal comes is not rolled back but ends with its connection; psycopg would warn of that.
+    # A transaction in which a signal comes is not rolled back, it ends with its connection; psycopg would warn of that.
     logging.getLogger("psycopg").setLevel(logging.ERROR)
     try:
         with Interruption() as stop:

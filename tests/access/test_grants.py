@@ -21,12 +21,12 @@ WORKER = PRODUCER | {
 
 OBSERVER = {
     "version", "next_run_at", "children", "get_children_values", "get_failed_children_values", "job_tree",
-    "tree_progress", "audit", "cron_next", "cron_preview", "fake_now",
+    "tree_progress", "audit", "why", "doctor", "cron_next", "cron_preview", "fake_now",
     "clock", "moved_clock", "job_state",  # the last three are what the view jobs calls
     "default_setting", "known_settings",  # and these what settings does
 }  # fmt: skip
 
-VIEWS = {"jobs", "tasks", "job_attempts", "schedules", "forbidden_flags", "settings"}
+VIEWS = {"jobs", "tasks", "compensations", "job_attempts", "schedules", "forbidden_flags", "settings"}
 
 GRANTED: dict[str, set[str]] = {
     "grant_producer": PRODUCER, "grant_worker": WORKER, "grant_observer": OBSERVER, "": set(),

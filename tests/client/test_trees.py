@@ -62,6 +62,20 @@ def test_a_node_is_written_as_the_json_that_the_database_takes() -> None:
     assert repr(orders) == "<Node 'load-orders', name='orders'>"
 
 
+def test_a_compensation_is_written_from_a_node_or_a_dict() -> None:
+    refund = Node("refund", {"reason": "failed"}, max_attempts=3, flags=("bank",))
+    tree = Node("order", children=[
+        Node("charge", compensate=refund),
+        Node("reserve", compensate={"identifier": "release", "flags": ("stock",)}),
+        {"identifier": "pack", "compensate": Node("unpack")},
+    ])  # fmt: skip
+    assert [child["compensate"] for child in json.loads(tree.to_json())["children"]] == [
+        {"identifier": "refund", "payload": {"reason": "failed"}, "max_attempts": 3, "flags": ["bank"]},
+        {"identifier": "release", "flags": ["stock"]},
+        {"identifier": "unpack"},
+    ]
+
+
 def _contains_itself() -> Node:
     node = Node("a", children=[Node("b")])
     node.children[0].children.append(node)  # type: ignore[union-attr]
@@ -91,6 +105,10 @@ def _contains_itself() -> Node:
         (
             lambda: Node("a", children=[{"identifier": "b", "run_at": datetime(2100, 1, 1)}]),  # noqa: DTZ001
             r"tree.children\[0\].run_at must be an aware datetime",
+        ),
+        (
+            lambda: Node("a", children=[Node("b", compensate=Node("c", children=[Node("d")]))]),
+            r"tree.children\[0\].compensate: <Node 'c', 1 children> is one job",
         ),
         (_contains_itself, r"tree.children\[0\].children\[0\] is a node that contains itself"),
     ],

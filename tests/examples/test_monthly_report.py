@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
-import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -18,10 +14,9 @@ import psycopg
 import pytest
 
 import examples.monthly_report
+from tests.examples.commands import commands, run
 
 Db = psycopg.Connection[Any]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -42,29 +37,6 @@ def rates() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
         thread.join()
-
-
-def commands() -> list[list[str]]:
-    """The commands that the example's text tells."""
-    lines = re.findall(
-        r"^    ((?:python|pgworker) .*?)(?:   .*)?$", examples.monthly_report.__doc__ or "", re.MULTILINE
-    )
-    return [line.split() for line in lines]
-
-
-def run(command: list[str], dsn: str, directory: Path, *more: str) -> str:
-    programs = {"python": [sys.executable], "pgworker": [sys.executable, "-m", "pgworker_client"]}
-    done = subprocess.run(
-        [*programs[command[0]], *command[1:], *more],
-        cwd=directory,
-        env={**os.environ, "DATABASE_URL": dsn, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 class _Elements(HTMLParser):
@@ -90,7 +62,7 @@ class _Elements(HTMLParser):
 
 
 def test_the_commands_of_its_text_make_a_page_without_the_rates(dsn: str, db: Db, tmp_path: Path) -> None:
-    add, work, look = commands()
+    add, work, look = commands(examples.monthly_report)
     root = run(add, dsn, tmp_path).strip()
     run(work, dsn, tmp_path)
     picture = run([root if word == "ID" else word for word in look], dsn, tmp_path).splitlines()
@@ -115,7 +87,7 @@ def test_the_commands_of_its_text_make_a_page_without_the_rates(dsn: str, db: Db
 
 
 def test_with_a_service_that_answers_the_page_has_the_rates(dsn: str, db: Db, tmp_path: Path, rates: str) -> None:
-    add, work, _ = commands()
+    add, work, _ = commands(examples.monthly_report)
     run(add, dsn, tmp_path, "--rates", rates)
     run(work, dsn, tmp_path)
     assert db.execute("select state, count(*) from pgworker.jobs group by 1").fetchall() == [("completed", 7)]

@@ -287,7 +287,7 @@ class Queue(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 120)
+@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 300)
 def test_no_history_of_calls_makes_it_differ_from_the_model(connect: Connections, workers: int) -> None:
     connections = [connect() for _ in range(workers)]
     profile = settings(

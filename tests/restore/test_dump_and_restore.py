@@ -83,7 +83,8 @@ def _populate(conn: Conn) -> dict[str, int]:
     call(conn, "forbid_flag", "forbidden")
     tree = {
         "identifier": "tree", "children": [
-            {"identifier": "first", "name": "first", "priority": -20}, {"identifier": "behind", "after": ["first"]},
+            {"identifier": "first", "name": "first", "priority": -20, "compensate": {"identifier": "\\N\t"}},
+            {"identifier": "behind", "after": ["first"]},
             {"identifier": "half", "children": [{"identifier": "leaf", "priority": -20}, {"identifier": "leaf"}]},
         ],
     }  # fmt: skip

@@ -46,6 +46,8 @@ def nodes(chance: random.Random, depth: int, widths: list[int]) -> list[dict[str
             node["job_key"] = f"k{chance.randrange(40)}"
         if place and chance.random() < 0.25:
             node["after"] = sorted({f"n{chance.randrange(place)}" for _ in range(2)})
+        if chance.random() < 0.1:
+            node["compensate"] = {"identifier": "t", "max_attempts": chance.choice([1, 2])}
         if depth and chance.random() < 0.5:
             node["children"] = nodes(chance, depth - 1, [1, 2, 3])
         siblings.append(node)
@@ -155,6 +157,7 @@ def add_children(session: Session) -> None:
     for child in children:
         child.pop("name", None)
         child.pop("after", None)
+        child.pop("compensate", None)  # the job may be a compensation itself
     with session.conn.transaction():
         session.conn.execute(
             "select pgworker.add_children(%s, %s, %s::text::jsonb)", [session.worker, job, json.dumps(children)]

@@ -14,6 +14,8 @@ from pgworker_client.embedded import EmbeddedServer
 from tests.calling import Conn, call, claim, claim_ids, register, rows, value
 from tests.invariants import assert_consistent
 from tests.restore.dumping import FORMATS, drop, dump, restore
+from tests.trees.planting import complete, fail, plant
+from tests.trees.undoing import chain, compensations, settle, work
 
 COPY = "pgworker_restored_trees"
 
@@ -125,6 +127,31 @@ def test_what_was_put_off_when_the_dump_was_taken_is_done_in_the_copy(
         call(conn, "maintain")
         assert_consistent(conn)
         assert _finish(conn) == ["a"]
+
+
+@pytest.mark.parametrize("when", ["running", "put off", "half undone"])
+def test_a_tree_that_was_to_be_undone_is_undone_in_the_copy(db: Conn, restored: Restored, when: str) -> None:
+    order = chain("a", "b", "c")
+    if when == "put off":
+        order["children"] = [*order["children"], {"identifier": "slow"}]
+    ids = plant(db, order)
+    complete(db, ids["a"])
+    complete(db, ids["b"], {"b": 1})
+    if when == "put off":
+        claim_ids(db, register(db), tasks=["slow"])
+    if when != "running":
+        fail(db, ids["c"])
+    if when == "half undone":
+        complete(db, compensations(db, ids["order"])[0]["id"])
+    copy = restored("custom")
+    assert rows(copy, "select * from pgworker.compensations") == rows(db, "select * from pgworker.compensations")
+    for conn in (copy, db):
+        conn.execute("select pgworker.force_unlock_workers(array(select id from pgworker.worker))")
+        undone = work(conn, "c")
+        settle(conn)
+        undone += work(conn)
+        assert [task for task in undone if task != "c"] == ["undo-b", "undo-a"][when == "half undone" :]
+        assert compensations(conn, ids["order"])[0]["payload"]["node"]["result"] == {"b": 1}
 
 
 def test_a_failed_tree_is_retried_in_the_copy(db: Conn, restored: Restored) -> None:

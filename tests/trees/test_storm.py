@@ -118,3 +118,5 @@ def test_a_storm_on_overlapping_trees_ends_with_every_tree_ended(own_server: Emb
         assert violations(db) == []
         assert value(db, "select count(*) from pgworker.counter") == 0
         assert value(db, "select count(*) from pgworker.unsettled") == 0
+        undone = "select count(*) from pgworker.compensations where state in ('completed', 'failed', 'cancelled')"
+        assert value(db, undone) > 0

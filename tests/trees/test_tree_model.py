@@ -267,10 +267,10 @@ class Forest:
                 node.attempts -= 1
 
 
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 120)
+@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 300)
 def test_no_history_of_a_forest_makes_it_differ_from_the_model(db: Conn) -> None:
     @settings(
-        max_examples=EXAMPLES or 40,
+        max_examples=EXAMPLES or 25,
         deadline=None,
         derandomize=not EXAMPLES,
         database=None,
