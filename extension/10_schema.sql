@@ -288,7 +288,8 @@ create table pgworker.compensation (
 );
 comment on table pgworker.compensation is
   'The compensate (spec) of nodes of trees. node and finished_at: what its compensation is told of the node and '
-  'when that ended, once it has completed and is about to be forgotten or undone, or was to stop and completed all the same; job_id: the job that undoes it. Kept as long as the tree.';
+  'when that ended, once it has completed and is about to be forgotten or undone, or was to stop and completed all the '
+  'same; job_id: the job that undoes it. Kept as long as the tree.';
 create index compensation_root on pgworker.compensation (root_id);
 
 create table pgworker.unsettled (

@@ -84,7 +84,8 @@ def test_failed_jobs_are_kept_as_long_as_the_installation_says(tx: Conn) -> None
 def test_whoever_ends_a_job_gets_it_back_though_nothing_is_kept(tx: Conn) -> None:
     of_task(tx, "a", keep_completed="0", keep_failed="0")
     worker = register(tx)
-    for function, ends in (("complete_jobs", "completed"), ("permanently_fail_jobs", "failed"), ("cancel_jobs", "cancelled")):
+    by_hand = (("complete_jobs", "completed"), ("permanently_fail_jobs", "failed"), ("cancel_jobs", "cancelled"))
+    for function, ends in by_hand:
         job = add(tx)["id"]
         assert [(one["id"], one["state"]) for one in call(tx, function, [job])] == [(job, ends)]
     for function, arguments, ends in (("fail_job", ["broke"], "failed"), ("cancel_job", [], "cancelled")):
