@@ -5,6 +5,9 @@
 --   finished    cold: jobs that ended and are kept for a while, pruned by maintain()
 --   compensation  what undoes nodes of trees, if it comes to that
 --   attempt     runs of jobs that did not complete them
+--   counter     what jobs of trees still wait for
+--   dependency  which sibling comes after which
+--   unsettled   what the end of a job has still to do in its tree
 --   queue       serial queues that have run something: who runs now, and when the queue last came free
 --   task        task settings that somebody made; no row is needed for a task to run
 --   permit      limits of tasks: one row for each that they let through
@@ -16,6 +19,8 @@
 --   job_state   in which state a live job is
 --   live        job as the public view shows it
 --   jobs        the public view over job and finished
+--   job_rows    rows of that view, in the order of the ids given
+--   claimed_job what a worker gets
 --
 -- A session keeps its plans, and one that was made while the table was empty, or while statistics said so (after an analyze
 -- under a long transaction, for example), must not read all of it later. So functions that look rows up pin
@@ -283,7 +288,8 @@ create table pgworker.compensation (
 );
 comment on table pgworker.compensation is
   'The compensate (spec) of nodes of trees. node and finished_at: what its compensation is told of the node and '
-  'when that ended, once it has completed and is about to be forgotten or undone, or was to stop and completed all the same; job_id: the job that undoes it. Kept as long as the tree.';
+  'when that ended, once it has completed and is about to be forgotten or undone, or was to stop and completed all the '
+  'same; job_id: the job that undoes it. Kept as long as the tree.';
 create index compensation_root on pgworker.compensation (root_id);
 
 create table pgworker.unsettled (

@@ -202,8 +202,8 @@ comment on function pgworker.spec_label(text, bigint, int[], int[]) is
   'Internal: what the p_n-th object is called in errors: specs[0], tree.children[2].children[0], children[1]; p_base '
   'where it has no place.';
 
--- The EXCEPTION block costs a subtransaction, and only jobs that name a time or an interval come here: before PostgreSQL 16 there is no
--- other way to learn that a text is none.
+-- The EXCEPTION block costs a subtransaction, and only jobs that name a time or an interval come here: before PostgreSQL
+-- 16 there is no other way to learn that a text is none.
 create function pgworker.read_time(p_time text, p_base text, p_n bigint, p_parents int[], p_places int[]) returns timestamptz
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp

@@ -190,7 +190,8 @@ begin
   else
     v_row := new;
   end if;
-  execute format('select case when ($1).%1$I is not null then pg_catalog.format(''%%s'', ($1).%1$I) end', v_column) using v_row into v_id;
+  execute format('select case when ($1).%1$I is not null then pg_catalog.format(''%%s'', ($1).%1$I) end', v_column)
+  using v_row into v_id;
   perform pgworker.add_job(
     tg_argv[0],
     jsonb_build_object(

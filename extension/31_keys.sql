@@ -134,7 +134,8 @@ begin
   if not found then
     return null;
   end if;
-  update pgworker.job j set key = null, unique_until = null, max_attempts = j.attempts where j.id = v_id and j.locked_by is not null;
+  update pgworker.job j set key = null, unique_until = null, max_attempts = j.attempts
+  where j.id = v_id and j.locked_by is not null;
   select v.* into v_row from pgworker.jobs v where v.id = v_id;
   delete from pgworker.job j where j.id = v_id and j.locked_by is null;
   return v_row;

@@ -180,7 +180,8 @@ begin
         v_moved := true;
       end if;
       v_ids[v_spec.n] := coalesce(v_held.id, v_one.id);
-      v_rows[v_spec.n] := case when v_held.id is null then v_one else v_held end;    -- a folded job is returned as its own call would have left it
+      -- A folded job is returned as its own call would have left it.
+      v_rows[v_spec.n] := case when v_held.id is null then v_one else v_held end;
       if v_spec.last and v_changed then
         update pgworker.job j
         set task_identifier = v_one.task_identifier, payload = v_one.payload, queue_name = v_one.queue_name,

@@ -172,7 +172,8 @@ begin
       'Names are unique among siblings.');
   end if;
 
-  if not exists (select from unnest(p_specs) as s(spec) where jsonb_typeof(s.spec -> 'after') = 'array' and s.spec -> 'after' <> '[]') then
+  if not exists (select from unnest(p_specs) as s(spec)
+                 where jsonb_typeof(s.spec -> 'after') = 'array' and s.spec -> 'after' <> '[]') then
     return;
   end if;
   with member as (

@@ -92,7 +92,8 @@ begin
     insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
                                    created_at, parent_id, root_id, depth, slot, gate_id, waiting, has_children,
                                    has_followers, name, on_failure, limit_key, lane)
-    select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now), coalesce(s.max_attempts, t.max_attempts, 25),
+    select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now),
+           coalesce(s.max_attempts, t.max_attempts, 25),
            s.job_key, coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now,
            coalesce(v_ids[v_parents[s.n]], p_parent.id), coalesce(p_parent.root_id, v_ids[1]),
            coalesce(p_parent.depth + 1, 0) + v_depths[s.n] - 1,

@@ -19,8 +19,9 @@
 --   then for each known priority, ascending:
 --   6 priority   7 run_at   8 id   9 run_at in queues   10 id in queues
 --
--- and, after a #, a hash of these, so that a garbled one is known and ignored (whose: a hash of worker, tasks and flags, because another caller has passed over other jobs; times and costs in
--- microseconds; turn and the last two are read by 45_queues.sql). It is only a hint: what it misses (a transaction that
+-- and, after a #, a hash of these, so that a garbled one is known and ignored (whose: a hash of worker, tasks and flags,
+-- because another caller has passed over other jobs; times and costs in microseconds; turn and the last two are read by
+-- 45_queues.sql). It is only a hint: what it misses (a transaction that
 -- began before and committed after the cursor had passed, a row that was locked and rolled back, work given back) is
 -- found by a sweep, a claim from the very start. Sweeps happen when the epoch moved, when a claim finds nothing, and
 -- every 250 ms, but not so often that more than a twentieth of the time goes into them (a quarter when there is a reason
@@ -203,7 +204,8 @@ begin
                       and j.priority > case when g.n = 1 then -32769 else v_cursor[g.n] end
                       and j.priority < coalesce(v_cursor[g.n + 5], 32768)
                     order by j.priority limit 1)) as f) end,
-               case when v_sweeps then exists (select from pgworker.job j where j.queue_name > '' and j.lane is null and not j.waiting)
+               case when v_sweeps then exists (select from pgworker.job j
+                                               where j.queue_name > '' and j.lane is null and not j.waiting)
                     else exists (select from pgworker.queue q
                                  where q.turn > greatest(v_cursor[5] - 4, 0) and q.job_id is null and not q.paused)
                          or exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
@@ -329,8 +331,8 @@ end
 $$;
 comment on function pgworker.get_jobs(bigint, int, text[], text[]) is
   'Claims up to max_jobs due jobs for a worker and returns them in claim order: priority, run_at, id. tasks null means '
-  'every task, an empty array none; a job with any flag forbidden here or by forbid_flag is passed over. Attempts go up by one. Raises PW002 '
-  'for an unknown worker, 22023 for max_jobs below 1.';
+  'every task, an empty array none; a job with any flag forbidden here or by forbid_flag is passed over. Attempts go up '
+  'by one. Raises PW002 for an unknown worker, 22023 for max_jobs below 1.';
 
 create function pgworker.get_job(worker_id bigint, tasks text[] default null, forbidden_flags text[] default null)
 returns setof pgworker.claimed_job
@@ -374,7 +376,8 @@ begin
       select min(s.run_at) filter (where next_run_at.tasks is null or s.task_identifier = any (next_run_at.tasks)) as found,
              case when count(*) = 1000 then max(s.run_at) end as reached
       from (select j.run_at, j.task_identifier from pgworker.job j
-            where j.queue_name is null and j.lane is null and not j.waiting and j.priority = k.priority and j.run_at > pgworker.clock()
+            where j.queue_name is null and j.lane is null and not j.waiting and j.priority = k.priority
+              and j.run_at > pgworker.clock()
             order by j.run_at, j.id limit 1000) as s
       union all
       select min(s.run_at) filter (where next_run_at.tasks is null or s.task_identifier = any (next_run_at.tasks)),

@@ -26,7 +26,7 @@
 
 create function pgworker.lane_key(p_limit_key text) returns text
 language sql immutable parallel safe
-return length(p_limit_key) || ':' || case when octet_length(p_limit_key) > 200 then md5(p_limit_key) else p_limit_key end;
+return length(p_limit_key)::text || ':' || case when octet_length(p_limit_key) > 200 then md5(p_limit_key) else p_limit_key end;
 comment on function pgworker.lane_key(text) is 'Internal: a limit key as gates and lanes name it; null for null.';
 
 create function pgworker.lane(p_keyed boolean, p_limit_key text, p_queue_name text) returns text
@@ -75,15 +75,15 @@ begin atomic
       when exists (select from pgworker.permit p
                    where p.task_identifier = p_task and p.kind = g.kind and p.lane_key = p_key and p.n > g.most
                      and p.free_at > pgworker.free_by(g.kind, p_now)) then 0
-      when exists (select from pgworker.permit p
-                   where p.task_identifier = p_task and p.kind = g.kind and p.lane_key = p_key and p.n = g.most)
-        then (select count(*) from (select from pgworker.permit p
-                                    where p.task_identifier = p_task and p.kind = g.kind and p.lane_key = p_key
-                                      and p.free_at <= pgworker.free_by(g.kind, p_now) and p.n <= g.most and p.n > 0
-                                    limit p_most) as f)
-      else least(p_most, g.most - (select count(*) from pgworker.permit p
-                                   where p.task_identifier = p_task and p.kind = g.kind and p.lane_key = p_key
-                                     and p.free_at > pgworker.free_by(g.kind, p_now) and p.n > 0)) end as room
+      else least(p_most, (select count(*) from (select from pgworker.permit p
+                                                where p.task_identifier = p_task and p.kind = g.kind and p.lane_key = p_key
+                                                  and p.free_at <= pgworker.free_by(g.kind, p_now)
+                                                  and p.n <= g.most and p.n > 0
+                                                limit p_most) as f)
+                         + g.most - coalesce((select p.n from pgworker.permit p
+                                              where p.task_identifier = p_task and p.kind = g.kind and p.lane_key = p_key
+                                                and p.n <= g.most
+                                              order by p.n desc limit 1), 0)) end as room
     offset 0) as c                                 -- reckoned once, not once more for min()
   where g.most is not null and p_key is not null;
 end;

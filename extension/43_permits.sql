@@ -10,8 +10,9 @@
 -- then their own permits, which no claim can hold.
 
 -- As with queues (45_queues.sql): under an advisory try-lock, so that claims do not wait for each other's commit.
-create function pgworker.make_permits(p_tasks text[], p_kinds text[], p_keys text[], p_mosts int[], p_jobs int[], p_now timestamptz)
-returns void
+create function pgworker.make_permits(
+  p_tasks text[], p_kinds text[], p_keys text[], p_mosts int[], p_jobs int[], p_now timestamptz
+) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
@@ -32,8 +33,15 @@ begin
     where c.made < g.most and f.free < g.jobs
     limit 128
   ), mine as materialized (
-    select g.task, g.kind, g.lane_key, g.made, g.wanted from gate g
-    where pg_try_advisory_xact_lock(1886874485, hashtext(concat_ws(' ', g.kind, g.task, g.lane_key)))
+    select g.task, g.kind, g.lane_key, g.made, g.wanted
+    from (select o.task, o.kind, o.lane_key, o.made, o.wanted from gate o
+          where pg_try_advisory_xact_lock(1886874485, hashtext(concat_ws(' ', o.kind, o.task, o.lane_key))) offset 0) as g
+    -- Who is just taking a gate's rows away (cleanup, a change of limits) has this one, and a row that was made after it
+    -- would leave a gap. Nor can anybody begin to before we commit.
+    left join lateral (select p.n from pgworker.permit p
+                       where p.task_identifier = g.task and p.kind = g.kind and p.lane_key = g.lane_key and p.n = g.made
+                       for key share skip locked) as top on true
+    where g.made = 0 or top.n is not null
   )
   insert into pgworker.permit (task_identifier, kind, lane_key, n)
   select m.task, m.kind, m.lane_key, i.n
@@ -129,7 +137,8 @@ begin
   select array_agg(p.task) as tasks, array_agg(p.kind) as kinds, array_agg(p.lane_key) as keys, array_agg(p.n) as ns
   into v_taken
   from (select g.task, g.kind, g.lane_key, l.n
-        from unnest(v_gates.tasks, v_gates.kinds, v_gates.keys, v_gates.mosts, v_gates.jobs) as g(task, kind, lane_key, most, jobs)
+        from unnest(v_gates.tasks, v_gates.kinds, v_gates.keys, v_gates.mosts, v_gates.jobs)
+          as g(task, kind, lane_key, most, jobs)
         cross join lateral (
           select p.n from pgworker.permit p
           where p.task_identifier = g.task and p.kind = g.kind and p.lane_key = g.lane_key
@@ -138,7 +147,7 @@ begin
                             where o.task_identifier = g.task and o.kind = g.kind and o.lane_key = g.lane_key
                               and o.n > g.most and o.free_at > pgworker.free_by(g.kind, p_now))
           order by p.free_at limit g.jobs
-          for update of p skip locked) as l) as p;
+          for no key update of p skip locked) as l) as p;
 
   with job as materialized (
     select w.n, o.tid, o.id, o.queue_name, o.lane

@@ -23,7 +23,8 @@ begin
   end if;
 end
 $$;
-comment on function pgworker.relane(bigint[]) is 'Internal: puts jobs, whose rows the caller has locked, into the lane that is theirs now.';
+comment on function pgworker.relane(bigint[]) is
+  'Internal: puts jobs, whose rows the caller has locked, into the lane that is theirs now.';
 
 create function pgworker.apply_limits(p_old pgworker.task, p_new pgworker.task) returns void
 language plpgsql volatile parallel unsafe

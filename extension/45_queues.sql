@@ -13,9 +13,9 @@
 --   * on a sweep: every queue that has jobs, hopping from name to name, so that a hundred thousand jobs behind one busy
 --     queue are one hop.
 --
--- It then takes the heads that come before the last of the other jobs (p_ids: limited ones) that fill the batch, and leaves the cursor
--- before the first head that it did not take. Locks: queue rows, then their head jobs, both with SKIP LOCKED, so that no
--- claim waits for another, and a queue that is not taken is not touched.
+-- It then takes the heads that come before the last of the other jobs (p_ids: limited ones) that fill the batch, and
+-- leaves the cursor before the first head that it did not take. Locks: queue rows, then their head jobs, both with SKIP
+-- LOCKED, so that no claim waits for another, and a queue that is not taken is not touched.
 
 -- Rows are made under an advisory try-lock: without it two claims of a new queue would wait for each other's commit. At
 -- most 128 at once, since such locks live in the server's shared lock table; the rest has its turn in the next claim.
@@ -40,7 +40,8 @@ comment on function pgworker.make_queues(text[], int) is
 
 create function pgworker.claim_queued(
   p_worker_id bigint, p_now timestamptz, p_limit int, p_tasks text[], p_flags text[], p_paused text[],
-  p_sweeps boolean, p_cursor bigint[], p_ids bigint[], p_priorities smallint[], p_run_ats timestamptz[], out tids tid[], out moved bigint[]
+  p_sweeps boolean, p_cursor bigint[], p_ids bigint[], p_priorities smallint[], p_run_ats timestamptz[],
+  out tids tid[], out moved bigint[]
 )
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -72,7 +73,8 @@ begin
        where j.queue_name > '' and j.lane is null and not j.waiting order by j.queue_name limit 1)
       union all
       select (select j.queue_name from pgworker.job j
-              where j.queue_name > h.queue_name and j.queue_name > '' and j.lane is null and not j.waiting order by j.queue_name limit 1)
+              where j.queue_name > h.queue_name and j.queue_name > '' and j.lane is null and not j.waiting
+              order by j.queue_name limit 1)
       from hop h where h.queue_name is not null
     )
     select array_agg(h.queue_name) into v_names
@@ -232,7 +234,8 @@ end
 $$;
 comment on function pgworker.claim_queued(
   bigint, timestamptz, int, text[], text[], text[], boolean, bigint[], bigint[], smallint[], timestamptz[]) is
-  'Internal: claims those heads of free queues that are among the first p_limit jobs; and moves the cursor as far as it has looked.';
+  'Internal: claims those heads of free queues that are among the first p_limit jobs; and moves the cursor as far as it '
+  'has looked.';
 
 create function pgworker.free_queues(p_names text[], p_job_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe
@@ -268,7 +271,8 @@ begin
       select h.priority from hop h where h.priority is not null
     ) as p
     where exists (select from pgworker.job j
-                  where j.queue_name = f.name and j.queue_name > '' and j.lane is null and not j.waiting and j.priority = p.priority
+                  where j.queue_name = f.name and j.queue_name > '' and j.lane is null and not j.waiting
+                    and j.priority = p.priority
                     and j.run_at <= pgworker.clock() and j.locked_by is null)
   ) then
     perform pgworker.wake();

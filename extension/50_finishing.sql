@@ -79,7 +79,7 @@ begin
     select g.id, g.locked_at, v_now, g.locked_by, g.attempts, case when p_lost then 'rescued' else g.state end,
            g.worker_name, g.last_error
     from gone g
-    where g.records and (g.root_id is not null or g.keep_until > v_now)
+    where g.records
   ), kept as (
     insert into pgworker.finished (id, run_at, created_at, started_at, finished_at, keep_until, parent_id, root_id, cause_id,
                                    revision, depth, priority, attempts, max_attempts, has_children, has_followers,
@@ -87,14 +87,13 @@ begin
                                    result, name, on_failure, limit_key, unique_until, recorded, worker_id,
                                    worker_name)
     select g.id, g.run_at, g.created_at, g.locked_at, v_now, g.keep_until, g.parent_id, g.root_id, g.cause_id, g.revision,
-           g.depth, g.priority, g.attempts, g.max_attempts, g.has_children, g.has_followers, g.state, g.task_identifier, g.payload, g.queue_name, g.key, g.flags,
-           g.last_error, g.progress, g.result, g.name, g.on_failure, g.limit_key, g.unique_until,
-           g.recorded or g.records, g.locked_by, g.worker_name
+           g.depth, g.priority, g.attempts, g.max_attempts, g.has_children, g.has_followers, g.state, g.task_identifier,
+           g.payload, g.queue_name, g.key, g.flags, g.last_error, g.progress, g.result, g.name, g.on_failure, g.limit_key,
+           g.unique_until, g.recorded or g.records, g.locked_by, g.worker_name
     from gone g
-    -- What has not completed is kept until the next maintain() where events are told: the trigger sees by that how it ended.
-    where g.root_id is not null or g.keep_until > v_now
-       or g.state <> 'completed'
-          and exists (select from pgworker.setting s where s.name = 'publish_events' and s.value = 'on')
+    -- What has not completed, or was ended by hand, is kept until the next maintain() at least: whoever ended it gets it
+    -- back, and by that events tell how it ended (65_events.sql).
+    where g.root_id is not null or g.keep_until > v_now or g.state <> 'completed' or p_keep
   )
   select coalesce(array_agg(g.id), '{}'),
          array_agg(g.queue_name) filter (where g.queue_name is not null and g.locked_by is not null),

@@ -26,9 +26,10 @@
 -- level of the trees upwards: counters of children, parts by (job, slot), then totals by job; then, for the level above,
 -- those of after, likewise. Waiting is done for these only, always in this order, so no two sessions can wait for each
 -- other. What follows downwards waits for nothing: a session that fails a parent holds the counter further up by then, and
--- jobs below whose end would touch a counter that somebody else holds are left for later (endable()). Rows of other jobs (parents to be released or failed, phases, what is to be stopped below) are locked with SKIP
--- LOCKED: somebody may hold them for long (a producer that replaces a waiting job by its key, in an open transaction), or
--- wait for us. What is skipped is written down in unsettled, and maintain(), which runs every second, does it.
+-- jobs below whose end would touch a counter that somebody else holds are left for later (endable()). Rows of other jobs
+-- (parents to be released or failed, phases, what is to be stopped below) are locked with SKIP LOCKED: somebody may hold
+-- them for long (a producer that replaces a waiting job by its key, in an open transaction), or wait for us. What is
+-- skipped is written down in unsettled, and maintain(), which runs every second, does it.
 
 create type pgworker.ended as (
   id bigint, parent_id bigint, root_id bigint, depth int, slot smallint, owns boolean, stops boolean,

@@ -208,7 +208,8 @@ begin
     select k.id, e.written from ending e join known k on k.parent_id = e.id
   ), finding as (
     select w.job_id, format('slot %s of its counter of %s says %s, should say %s', w.slot,
-                            case when w.after then 'siblings' else 'children' end, coalesce(w.pending::text, 'nothing'), w.truth) as problem
+                            case when w.after then 'siblings' else 'children' end, coalesce(w.pending::text, 'nothing'),
+                            w.truth) as problem
     from wanted w
     where w.pending is distinct from w.truth
     union all

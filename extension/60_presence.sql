@@ -60,7 +60,8 @@ declare
   v_id  bigint;
 begin
   if lease not between interval '1 microsecond' and interval '10 years' then
-    raise exception using errcode = '22023', message = format('lease must be longer than nothing and at most 10 years, got %s', lease),
+    raise exception using errcode = '22023',
+      message = format('lease must be longer than nothing and at most 10 years, got %s', lease),
       hint = 'Give an interval such as 30 seconds and call heartbeat() well within it, or null for presence by session.';
   end if;
   insert into pgworker.worker as w (name, lease, lease_until, registered_at, version)

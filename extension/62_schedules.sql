@@ -319,7 +319,8 @@ begin
     exception when data_exception then
       get stacked diagnostics v_state = returned_sqlstate, v_says = message_text, v_hint = pg_exception_hint;
       raise exception using errcode = '22023', message = format('crontab line %s: %s', v_line.n, v_says),
-        hint = case when v_state = '22023' then v_hint else 'The payload is JSON, with names and texts in double quotes.' end;
+        hint = case v_state when '22023' then v_hint when '22021' then 'Values of options are UTF-8, as in a URL.'
+                            else 'The payload is JSON, with names and texts in double quotes.' end;
     end;
     v_names := v_names || v_name;
   end loop;

@@ -40,7 +40,8 @@ begin
   set state = 'completed', finished_at = pgworker.clock(), worker_id = null, worker_name = null,
       keep_until = case when f.parent_id is null
                         then greatest(f.unique_until, pgworker.clock()
-                                      + coalesce((select t.keep_completed from pgworker.task t where t.identifier = f.task_identifier),
+                                      + coalesce((select t.keep_completed from pgworker.task t
+                                                  where t.identifier = f.task_identifier),
                                                  greatest(pgworker.interval_setting('keep_completed'),
                                                           pgworker.interval_setting('keep_results'))))
                         else f.keep_until end
@@ -130,8 +131,8 @@ end
 $$;
 comment on function pgworker.reschedule_jobs(bigint[], timestamptz, int, int, int) is
   'Changes jobs that are not running; null leaves a value as it is. A failed job that then has attempts left is live '
-  'again (at run_at, or when it was due before). Returns the changed ones. Raises 22023 for values out of add_job''s limits, and for a live '
-  'job that would be left without an attempt.';
+  'again (at run_at, or when it was due before). Returns the changed ones. Raises 22023 for values out of add_job''s '
+  'limits, and for a live job that would be left without an attempt.';
 
 create function pgworker.cancel_jobs(job_ids bigint[], reason text default null) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe
@@ -282,9 +283,10 @@ language plpgsql immutable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_flag is null or p_flag = '' then
+  if p_flag is null or length(p_flag) not between 1 and 512 then
     raise exception using errcode = case when p_flag is null then '22004' else '22023' end,
-      message = format('name must not be %s', case when p_flag is null then 'null' else 'empty' end),
+      message = case when p_flag is null then 'name must not be null'
+                     else format('name must be 1 to 512 characters long, got %s', length(p_flag)) end,
       hint = 'Name the flag as jobs have it.';
   end if;
 end
@@ -332,6 +334,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_unknown text;
+  v_gates   record;
 begin
   select coalesce(t.task, 'null') into v_unknown
   from unnest(cleanup.tasks) as t(task)
@@ -367,17 +370,23 @@ begin
         and not exists (select from pgworker.job j where j.queue_name = g.name)
       order by g.name
       for update skip locked);
-    -- Gates of limit keys are made like queues, one for each key that ever ran something. They go as a whole.
+    -- Gates of limit keys are made like queues, one for each key that ever ran something. They go as a whole: locked first,
+    -- so that no claim adds to them (make_permits), then counted anew.
+    select array_agg(l.task_identifier) as tasks, array_agg(l.kind) as kinds, array_agg(l.lane_key) as keys,
+           array_agg(l.n) as locked
+    into v_gates
+    from (select f.task_identifier, f.kind, f.lane_key, count(*) as n
+          from (select g.task_identifier, g.kind, g.lane_key from pgworker.permit g
+                where g.lane_key <> '' and g.free_at <= pgworker.free_by(g.kind, pgworker.clock())
+                  and not exists (select from pgworker.job j
+                                  where j.task_identifier = g.task_identifier and j.lane = g.lane)
+                for update skip locked) as f
+          group by f.task_identifier, f.kind, f.lane_key) as l;
     delete from pgworker.permit p
-    where (p.task_identifier, p.kind, p.lane_key) in (
-      select l.task_identifier, l.kind, l.lane_key
-      from (select g.task_identifier, g.kind, g.lane_key from pgworker.permit g
-            where g.lane_key <> '' and g.free_at <= pgworker.free_by(g.kind, pgworker.clock())
-              and not exists (select from pgworker.job j where j.task_identifier = g.task_identifier and j.lane = g.lane)
-            for update skip locked) as l
-      group by l.task_identifier, l.kind, l.lane_key
-      having count(*) = (select count(*) from pgworker.permit o
-                         where o.task_identifier = l.task_identifier and o.kind = l.kind and o.lane_key = l.lane_key));
+    using unnest(v_gates.tasks, v_gates.kinds, v_gates.keys, v_gates.locked) as l(task, kind, lane_key, n)
+    where p.task_identifier = l.task and p.kind = l.kind and p.lane_key = l.lane_key
+      and l.n = (select count(*) from pgworker.permit o
+                 where o.task_identifier = l.task and o.kind = l.kind and o.lane_key = l.lane_key);
   end if;
 end
 $$;

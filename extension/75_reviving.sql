@@ -60,7 +60,8 @@ set jit = off
 as $$
 declare
   v_again constant bigint[] := p_finished || pgworker.consequences(p_finished);
-  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f where f.id = any (v_again) and f.root_id is not null);
+  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f
+                                     where f.id = any (v_again) and f.root_id is not null);
 begin
   perform from pgworker.job j
   where j.id = any (p_pending) and j.locked_by is null

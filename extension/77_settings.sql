@@ -24,7 +24,8 @@ begin atomic
   from (values
     ('rescue_grace', true, 'how long a worker may be gone before its jobs are given back'),
     ('keep_completed', true, 'how long completed jobs are kept'),
-    ('keep_results', true, 'how long those are kept at least that have a result, are the root of a tree or were completed by hand'),
+    ('keep_results', true,
+     'how long those are kept at least that have a result, are the root of a tree or were completed by hand'),
     ('keep_failed', true, 'how long failed and cancelled jobs are kept'),
     ('history', false, 'whether runs that do not complete their job are recorded for job_attempts'),
     ('publish_events', false, 'whether changes of jobs'' states are notified'),

@@ -70,7 +70,8 @@ begin
                  'pgworker.schedules, pgworker.forbidden_flags, pgworker.settings to %s', role);
   -- clock, moved_clock and the like: a view's functions run with the rights of who reads it
   execute format('grant execute on function pgworker.version(), pgworker.clock(timestamptz), '
-                 'pgworker.job_state(bigint, boolean, timestamptz, timestamptz), pgworker.default_setting(text), pgworker.known_settings(), '
+                 'pgworker.job_state(bigint, boolean, timestamptz, timestamptz), pgworker.default_setting(text), '
+                 'pgworker.known_settings(), '
                  'pgworker.moved_clock(timestamptz), pgworker.fake_now(timestamptz), '
                  'pgworker.cron_next(text, timestamptz, text), pgworker.cron_preview(text, int, timestamptz, text), '
                  'pgworker.next_run_at(text[]), pgworker.children(bigint), '

@@ -81,6 +81,25 @@ def test_a_queue_that_is_being_claimed_is_not_forgotten_under_the_claim(db: Conn
     assert value(db, "select job_id from pgworker.queue where name = 'q'") == second
 
 
+def test_a_claim_during_a_cleanup_takes_nothing_from_a_limit(db: Conn, connect: Connections) -> None:
+    cleaner = connect()
+    call(db, "configure_task", "a", max_concurrency_per_key=2)
+    worker = register(db)
+
+    def claimed() -> list[int]:
+        ids = claim_ids(db, worker, 10)
+        call(db, "finish_jobs", worker, ids, None, None, None)
+        return ids
+
+    first = add(db, limit_key="k")["id"]
+    assert claimed() == [first]
+    with cleaner.transaction():
+        cleaned(cleaner, "gc_job_queues")
+        ids = [add(db, limit_key="k")["id"] for _ in range(4)]
+        assert claim_ids(db, worker, 10) == []  # a permit made now would have a number that leaves a gap
+    assert [claimed(), claimed()] == [ids[:2], ids[2:]]
+
+
 def test_by_default_everything_is_cleaned_up(tx: Conn) -> None:
     job_in(tx, "failed", queue_name="q")
     kept = job_in(tx, "completed")

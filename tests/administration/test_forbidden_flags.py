@@ -70,10 +70,20 @@ def test_the_view_says_which_flags_and_since_when(tx: Conn) -> None:
 
 
 @pytest.mark.parametrize("function", ["forbid_flag", "allow_flag"])
-@pytest.mark.parametrize(("flag", "sqlstate"), [(None, "22004"), ("", "22023")])
+@pytest.mark.parametrize(("flag", "sqlstate"), [(None, "22004"), ("", "22023"), ("é" * 513, "22023")])
 def test_what_can_be_no_flag_is_refused(tx: Conn, function: str, flag: str | None, sqlstate: str) -> None:
-    with refused(tx, sqlstate, "name must not be"):
+    says = "name must not be null" if flag is None else f"name must be 1 to 512 characters long, got {len(flag)}"
+    with refused(tx, sqlstate, says, hint="as jobs have it"):
         call(tx, function, flag)
+
+
+def test_the_longest_flag_can_be_forbidden(tx: Conn) -> None:
+    worker, flag = register(tx), "".join(chr(0x10000 + n) for n in range(512))
+    job = add(tx, flags=[flag])["id"]
+    call(tx, "forbid_flag", flag)
+    assert claim_ids(tx, worker) == []
+    call(tx, "allow_flag", flag)
+    assert claim_ids(tx, worker) == [job]
 
 
 def test_a_hundred_thousand_forbidden_jobs_are_walked_over_once_a_session_not_once_a_claim(db: Conn) -> None:

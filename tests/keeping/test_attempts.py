@@ -142,6 +142,9 @@ def test_a_job_that_is_forgotten_takes_its_attempts_along(tx: Conn, how: str) ->
                 assert len(attempts(tx, job)) == 2
                 move_clock(tx, "2030-02-01 10:00:00+00")
                 call(tx, "maintain")
+            elif how == "not kept":
+                at(tx, 10, 30)
+                call(tx, "maintain")
             elif how == "cleaned":
                 call(tx, "cleanup", ["delete_failed_jobs"])
     assert attempts(tx, job) == []

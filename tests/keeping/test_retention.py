@@ -76,7 +76,27 @@ def test_failed_jobs_are_kept_as_long_as_the_installation_says(tx: Conn) -> None
     configure(tx, "keep_failed", "0")
     job = add(tx)["id"]
     bring(tx, job, "failed")
+    assert kept_for(tx, job) == "00:00:00"
+    call(tx, "maintain")
     assert (job_row(tx, job), contents(tx)["attempt"][1:]) == (None, [])
+
+
+def test_whoever_ends_a_job_gets_it_back_though_nothing_is_kept(tx: Conn) -> None:
+    of_task(tx, "a", keep_completed="0", keep_failed="0")
+    worker = register(tx)
+    by_hand = (("complete_jobs", "completed"), ("permanently_fail_jobs", "failed"), ("cancel_jobs", "cancelled"))
+    for function, ends in by_hand:
+        job = add(tx)["id"]
+        assert [(one["id"], one["state"]) for one in call(tx, function, [job])] == [(job, ends)]
+    for function, arguments, ends in (("fail_job", ["broke"], "failed"), ("cancel_job", [], "cancelled")):
+        job = add(tx, max_attempts=1)["id"]
+        assert claim_ids(tx, worker) == [job]
+        assert [(one["id"], one["state"]) for one in call(tx, function, worker, job, *arguments)] == [(job, ends)]
+    job = add(tx, max_attempts=1)["id"]
+    assert claim_ids(tx, worker) == [job]
+    assert [(one["id"], one["state"]) for one in call(tx, "force_unlock_workers", [worker])] == [(job, "failed")]
+    call(tx, "maintain")
+    assert (rows(tx, "select id from pgworker.jobs"), contents(tx)["attempt"]) == ([], [])
 
 
 def test_nobody_ends_what_somebody_holds_however_long_it_is_kept(tx: Conn) -> None:
@@ -99,13 +119,13 @@ def test_a_task_has_its_own_word_and_leaves_others_theirs(tx: Conn, how: str) ->
     configure(tx, "keep_completed", "1 hour")
     assert kept_for(tx, complete(tx, how, identifier="gone")) is None
     assert kept_for(tx, complete(tx, how, identifier="other")) == "01:00:00"
-    for task, length in (("kept", "00:01:00"), ("gone", None), ("other", "30 days")):
+    for task, length in (("kept", "00:01:00"), ("gone", "00:00:00"), ("other", "30 days")):
         job = add(tx, task)["id"]
         bring(tx, job, "failed")
         assert kept_for(tx, job) == length
     by_hand = [add(tx, task)["id"] for task in ("kept", "gone")]
     call(tx, "complete_jobs", by_hand)
-    assert [kept_for(tx, job) for job in by_hand] == ["03:00:00", None]
+    assert [kept_for(tx, job) for job in by_hand] == ["03:00:00", "00:00:00"]
 
 
 def test_a_failed_job_that_is_completed_by_hand_is_kept_like_a_completed_one(tx: Conn) -> None:

@@ -158,6 +158,31 @@ def _fill_limited(conn: Conn, jobs: int, *, keys: int, running: int) -> None:
     assert claimed == running
 
 
+def test_a_claim_within_a_wide_rate_does_not_count_what_the_rate_has_let_through(db: Conn) -> None:
+    db.execute("select pgworker.configure_task('limited', rate_limit => 100000, rate_interval => '1 day')")
+    db.execute("select count(pgworker.add_job('limited')) from generate_series(1, 10000)")
+    worker = register(db)
+    while ids := claim_ids(db, worker, 1_000):
+        db.execute("select pgworker.finish_jobs(%s, %s, null, null, null)", [worker, ids])
+    db.execute("vacuum pgworker.job, pgworker.permit")
+    job = add(db, "limited")["id"]
+    with db.transaction():
+        assert claim_ids(db, worker) == [job]
+        read = value(
+            db,
+            "select sum(pg_stat_get_xact_tuples_returned(i.indexrelid)) from pg_index i "
+            "where i.indrelid = 'pgworker.permit'::regclass",
+        )
+    assert read < 10_000, f"{read} permits were looked at"
+
+
+def test_what_is_asked_of_every_job_is_no_call(tx: Conn) -> None:
+    query = "select pgworker.lane(true, limit_key, queue_name) from pgworker.job"
+    plan = str(value(tx, f"explain (verbose, format json) {query}"))
+    assert "lane(" not in plan
+    assert "lane_key(" not in plan
+
+
 @pytest.mark.parametrize(
     "obstacle",
     [

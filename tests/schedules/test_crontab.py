@@ -121,7 +121,7 @@ def test_a_crontab_does_not_replace_a_schedule_that_was_made_by_hand(tx: Conn) -
         ("* * * * * t ?tz=UTC", "option 'tz' is unknown", "timezone"),
         ("* * * * * t ?timezone=CET", "timezone 'CET'", "Europe/Berlin"),
         ("* * * * * t ?jobKeyMode=x&jobKey=k", "job_key_mode must be one of", ""),
-        ("* * * * * t ?queue=%FF", "invalid byte sequence", ""),
+        ("* * * * * t ?queue=%FF", "invalid byte sequence", "UTF-8"),
         ("* * * * * " + "t" * 129, "name must be 1 to 128 characters long, got 129", ""),
         ("* * * * * good", "schedule 'good' is there twice", "?id=NAME"),
     ],
