@@ -25,7 +25,8 @@
 -- began before and committed after the cursor had passed, a row that was locked and rolled back, work given back) is
 -- found by a sweep, a claim from the very start. Sweeps happen when the epoch moved, when a claim finds nothing, and
 -- every 250 ms, but not so often that more than a twentieth of the time goes into them (a quarter when there is a reason
--- to look: a moved epoch, or nothing found); where a sweep takes less than a millisecond every claim is one.
+-- to look: a moved epoch, or nothing found; when both are so, always, unless a sweep takes more than 100 ms); where a sweep
+-- takes less than a millisecond every claim is one.
 --
 -- The planner must walk the claim indexes in their order whatever the statistics say, hence the settings of get_jobs:
 -- they hold for the plans made in it and in what it calls, which are kept for the session.
@@ -297,7 +298,9 @@ begin
       v_cursor[3] := pgworker.cursor_at(v_ended);
       v_cursor[2] := v_worker.epoch;
     end if;
-    exit when v_sweeps or v_left < v_most or not (v_cursor[4] < 5000 or v_elapsed > 3 * v_cursor[4]);
+    exit when v_sweeps or v_left < v_most
+              or not (v_cursor[4] < case when v_cursor[2] <> v_worker.epoch then 100000 else 5000 end
+                      or v_elapsed > 3 * v_cursor[4]);
     v_sweeps := true;                              -- nothing from the cursor on: look whether something lies behind it
   end loop;
 
