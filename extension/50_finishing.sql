@@ -15,11 +15,12 @@
 -- jobs, keep_completed for completed ones, and if they have a result, belong to a tree or were ended by hand (p_keep) at
 -- least keep_results; with unique_for at least until the window ends. The nodes of a tree stay until their root goes.
 -- p_worker_id: the rows are not locked, and only those go that this worker holds (in the attempts p_attempts, if given),
--- that nobody asked to stop and that belong to no tree. p_lost: their workers did not end them.
+-- that nobody asked to stop, and that belong to no tree unless p_trees says that they are locked after all. What one
+-- transaction ends in trees goes in one call: counters are locked once, from the deepest level upwards. p_lost: rescued.
 create function pgworker.finish(
   p_ids bigint[], p_states text[], p_errors text[], p_results jsonb[], p_keep boolean default false,
   p_causes bigint[] default null, p_lost boolean default false, p_worker_id bigint default null,
-  p_attempts int[] default null
+  p_attempts int[] default null, p_trees boolean default false
 ) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -46,7 +47,7 @@ begin
     where j.id = any (array[e.id])
       and (p_worker_id is null
            or j.locked_by = p_worker_id and (e.attempt is null or j.attempts = e.attempt)
-              and j.ends_as is null and j.root_id is null)
+              and j.ends_as is null and (p_trees or j.root_id is null))
     returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, coalesce(e.cause_id, j.cause_id) as cause_id,
               j.revision, j.depth, j.priority, j.attempts, j.max_attempts, j.has_children, j.has_followers, e.state,
               j.task_identifier, j.payload, j.queue_name, j.key, j.flags, coalesce(e.error, j.last_error) as last_error,
@@ -107,7 +108,7 @@ begin
 end
 $$;
 comment on function pgworker.finish(
-  bigint[], text[], text[], jsonb[], boolean, bigint[], boolean, bigint, int[]) is
+  bigint[], text[], text[], jsonb[], boolean, bigint[], boolean, bigint, int[], boolean) is
   'Internal: ends jobs whose rows the caller has locked, or those of them that p_worker_id holds, and returns their ids.';
 
 create function pgworker.retry_later(p_ids bigint[], p_errors text[], p_retry_at timestamptz, p_payload jsonb)
@@ -209,6 +210,7 @@ declare
   v_failed    constant bigint[] := coalesce(finish_jobs.failed, '{}');
   v_attempts  constant int[] := finish_jobs.attempts;
   v_keeps     boolean := false;
+  v_trees     boolean;
   v_done      bigint[] := array[]::bigint[];
   v_left      bigint[];
   v_names     text[];
@@ -231,24 +233,29 @@ begin
   end if;
 
   -- What does not all go in the one delete below is locked first, in the order of ids: what failed, and what somebody has
-  -- asked to stop (cancel_jobs, which holds the one while it waits for the other, has left a notice).
-  if cardinality(v_failed) > 0 or exists (select from pgworker.notice n where n.worker_id = finish_jobs.worker_id) then
-    perform from pgworker.job j
-    where j.id = any (v_completed || v_failed) and j.locked_by = finish_jobs.worker_id
-    order by j.id for update;
+  -- asked to stop (cancel_jobs, which holds the one while it waits for the other, has left a notice). Jobs of trees too, by
+  -- the look of the first: if nobody has asked them to stop by then, nobody will, and they go in one delete.
+  v_trees := exists (select from pgworker.job j where j.id = v_completed[1] and j.root_id is not null)
+             and cardinality(v_failed) = 0;
+  if v_trees or cardinality(v_failed) > 0
+     or exists (select from pgworker.notice n where n.worker_id = finish_jobs.worker_id) then
+    select v_trees and not coalesce(bool_or(l.asked), false) into v_trees
+    from (select j.ends_as is not null as asked from pgworker.job j
+          where j.id = any (v_completed || v_failed) and j.locked_by = finish_jobs.worker_id
+          order by j.id for update) as l;
   end if;
 
   -- Most jobs end like this: completed, no result, no tree, nobody asked them to stop. One delete, nothing kept.
   if cardinality(v_completed) > 0 then
     v_keeps := finish_jobs.worker_id is not null   -- to finish() null means: whoever holds them
-      and (finish_jobs.results is not null
+      and (finish_jobs.results is not null or v_trees
            or exists (select from pgworker.setting s where s.name = 'keep_completed' and s.value::interval > interval '0')
            or exists (select from pgworker.task t where t.keep_completed is not null));
   end if;
   if v_keeps then
     v_done := pgworker.finish(v_completed, array_fill('completed'::text, array[cardinality(v_completed)]), null,
                               finish_jobs.results, p_worker_id => finish_jobs.worker_id,
-                              p_attempts => v_attempts[1:cardinality(v_completed)]);
+                              p_attempts => v_attempts[1:cardinality(v_completed)], p_trees => v_trees);
   elsif cardinality(v_completed) > 0 then
     with ending as materialized (
       select u.id, u.attempt from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
