@@ -70,7 +70,8 @@ begin atomic
   select coalesce(min(c.room), p_most)::int
   from (values ('concurrency', p_concurrency), ('rate', p_rate)) as g(kind, most)
   cross join lateral (
-    -- After a limit was lowered, what runs beyond it holds back everything else; and not all rows need be there yet.
+    -- After a limit was lowered, what runs beyond it holds back everything else; and not all rows need be there yet. Those
+    -- that are free are found by free_at (hence n - most, which is in no index).
     select case
       when exists (select from pgworker.permit p
                    where p.task_identifier = p_task and p.kind = g.kind and p.lane_key = p_key and p.n > g.most
@@ -78,8 +79,8 @@ begin atomic
       else least(p_most, (select count(*) from (select from pgworker.permit p
                                                 where p.task_identifier = p_task and p.kind = g.kind and p.lane_key = p_key
                                                   and p.free_at <= pgworker.free_by(g.kind, p_now)
-                                                  and p.n <= g.most and p.n > 0
-                                                limit p_most) as f)
+                                                  and p.n - g.most <= 0 and p.n > 0
+                                                order by p.free_at limit p_most) as f)
                          + g.most - coalesce((select p.n from pgworker.permit p
                                               where p.task_identifier = p_task and p.kind = g.kind and p.lane_key = p_key
                                                 and p.n <= g.most

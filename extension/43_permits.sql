@@ -134,15 +134,16 @@ begin
                                          for update skip locked) as q);
   end if;
   -- Locked in a statement of its own: the next one sees the jobs as they are under these locks.
-  select array_agg(p.task) as tasks, array_agg(p.kind) as kinds, array_agg(p.lane_key) as keys, array_agg(p.n) as ns
+  select array_agg(p.task) as tasks, array_agg(p.kind) as kinds, array_agg(p.lane_key) as keys,
+         array_agg(p.tid) as tids
   into v_taken
-  from (select g.task, g.kind, g.lane_key, l.n
+  from (select g.task, g.kind, g.lane_key, l.tid
         from unnest(v_gates.tasks, v_gates.kinds, v_gates.keys, v_gates.mosts, v_gates.jobs)
           as g(task, kind, lane_key, most, jobs)
         cross join lateral (
-          select p.n from pgworker.permit p
+          select p.ctid as tid from pgworker.permit p
           where p.task_identifier = g.task and p.kind = g.kind and p.lane_key = g.lane_key
-            and p.free_at <= pgworker.free_by(g.kind, p_now) and p.n <= g.most and p.n > 0
+            and p.free_at <= pgworker.free_by(g.kind, p_now) and p.n - g.most <= 0 and p.n > 0
             and not exists (select from pgworker.permit o
                             where o.task_identifier = g.task and o.kind = g.kind and o.lane_key = g.lane_key
                               and o.n > g.most and o.free_at > pgworker.free_by(g.kind, p_now))
@@ -154,7 +155,8 @@ begin
     from unnest(v_wanted) with ordinality as w(id, n)
     cross join lateral (
       select j.ctid as tid, j.id, j.queue_name, j.lane from pgworker.job j
-      where j.id = w.id and j.lane is not null and not j.waiting and j.locked_by is null and j.run_at <= p_now
+      -- num_nulls(): by its id, and not by an index of those that have a lane
+      where j.id = w.id and num_nulls(j.lane) = 0 and not j.waiting and j.locked_by is null and j.run_at <= p_now
         and (p_flags is null or j.flags is null or not j.flags && p_flags)
         and (j.queue_name is null or j.queue_name = any (v_names))
       for update skip locked) as o
@@ -164,11 +166,11 @@ begin
     from job j
     cross join lateral pgworker.gates_of(j.id) g
   ), permit as materialized (
-    select t.task, t.kind, t.lane_key, t.n,
-           row_number() over (partition by t.task, t.kind, t.lane_key order by t.n) as r
-    from unnest(v_taken.tasks, v_taken.kinds, v_taken.keys, v_taken.ns) as t(task, kind, lane_key, n)
+    select t.task, t.kind, t.lane_key, t.tid,
+           row_number() over (partition by t.task, t.kind, t.lane_key order by t.tid) as r
+    from unnest(v_taken.tasks, v_taken.kinds, v_taken.keys, v_taken.tids) as t(task, kind, lane_key, tid)
   ), pass as materialized (
-    select d.id, d.task, d.kind, d.lane_key, d.per, p.n, bool_and(p.n is not null) over (partition by d.id) as through
+    select d.id, d.per, p.tid, bool_and(p.tid is not null) over (partition by d.id) as through
     from need d
     left join permit p on p.task = d.task and p.kind = d.kind and p.lane_key = d.lane_key and p.r = d.r
   ), claimed as (
@@ -182,7 +184,7 @@ begin
     set job_id = c.id, lane = c.lane, free_at = coalesce(p_now + s.per, 'infinity')
     from claimed c
     join pass s on s.id = c.id
-    where p.task_identifier = s.task and p.kind = s.kind and p.lane_key = s.lane_key and p.n = s.n
+    where p.ctid = s.tid                           -- locked above
   ), queued as (
     update pgworker.queue q set job_id = c.id
     from claimed c

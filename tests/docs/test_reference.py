@@ -77,7 +77,7 @@ def test_every_error_of_the_schema_is_described(db: psycopg.Connection[Any]) -> 
     assert row is not None
     raised = set(re.findall(r"'(PW\d{3}|22\d{3})'", row[0]))
     described = set(re.findall(r"^\| `(\w{5})` \|", _REFERENCE, re.MULTILINE))
-    assert raised <= described
+    assert raised - {"22021"} <= described  # which load_crontab turns into 22023
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.stem)
