@@ -210,7 +210,8 @@ declare
   v_failed    constant bigint[] := coalesce(finish_jobs.failed, '{}');
   v_attempts  constant int[] := finish_jobs.attempts;
   v_keeps     boolean := false;
-  v_trees     boolean;
+  v_trees     boolean;                             -- some are in trees
+  v_keyed     boolean;
   v_done      bigint[] := array[]::bigint[];
   v_left      bigint[];
   v_names     text[];
@@ -233,29 +234,29 @@ begin
   end if;
 
   -- What does not all go in the one delete below is locked first, in the order of ids: what failed, and what somebody has
-  -- asked to stop (cancel_jobs, which holds the one while it waits for the other, has left a notice). Jobs of trees too, by
-  -- the look of the first: if nobody has asked them to stop by then, nobody will, and they go in one delete.
-  v_trees := exists (select from pgworker.job j where j.id = v_completed[1] and j.root_id is not null)
-             and cardinality(v_failed) = 0;
-  if v_trees or cardinality(v_failed) > 0
+  -- asked to stop (cancel_jobs has left a notice). Those with a key too, for add_jobs locks several of them; and jobs of
+  -- trees: if nobody has asked them to stop by then, nobody will, and they go in one delete.
+  select bool_or(j.root_id is not null) and cardinality(v_failed) = 0, bool_or(j.key is not null) into v_trees, v_keyed
+  from pgworker.job j where j.id = any (v_completed);
+  if v_trees or v_keyed or cardinality(v_failed) > 0
      or exists (select from pgworker.notice n where n.worker_id = finish_jobs.worker_id) then
-    select v_trees and not coalesce(bool_or(l.asked), false) into v_trees
+    select coalesce(v_trees and not bool_or(l.asked), false) into v_trees
     from (select j.ends_as is not null as asked from pgworker.job j
           where j.id = any (v_completed || v_failed) and j.locked_by = finish_jobs.worker_id
           order by j.id for update) as l;
   end if;
 
-  -- Most jobs end like this: completed, no result, no tree, nobody asked them to stop. One delete, nothing kept.
+  -- Most jobs end like this: completed, and nothing else. One delete, nothing kept.
   if cardinality(v_completed) > 0 then
     v_keeps := finish_jobs.worker_id is not null   -- to finish() null means: whoever holds them
-      and (finish_jobs.results is not null or v_trees
+      and (finish_jobs.results is not null or coalesce(v_trees, false)
            or exists (select from pgworker.setting s where s.name = 'keep_completed' and s.value::interval > interval '0')
            or exists (select from pgworker.task t where t.keep_completed is not null));
   end if;
   if v_keeps then
     v_done := pgworker.finish(v_completed, array_fill('completed'::text, array[cardinality(v_completed)]), null,
                               finish_jobs.results, p_worker_id => finish_jobs.worker_id,
-                              p_attempts => v_attempts[1:cardinality(v_completed)], p_trees => v_trees);
+                              p_attempts => v_attempts[1:cardinality(v_completed)], p_trees => coalesce(v_trees, false));
   elsif cardinality(v_completed) > 0 then
     with ending as materialized (
       select u.id, u.attempt from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
@@ -272,8 +273,7 @@ begin
            array_agg(g.id) filter (where g.queue_name is not null), array_agg(g.id) filter (where g.lane is not null)
     into v_done, v_names, v_queued, v_limited
     from gone g;
-    perform pgworker.free_queues(v_names, v_queued);
-    perform pgworker.free_permits(v_limited);
+    perform pgworker.free_queues(v_names, v_queued), pgworker.free_permits(v_limited);
   end if;
 
   if cardinality(v_done) < cardinality(v_completed) or cardinality(v_failed) > 0 then

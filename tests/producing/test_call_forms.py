@@ -203,7 +203,7 @@ def test_no_id_can_run_out_at_two_billion(tx: Conn) -> None:
     assert rows(
         tx,
         "select table_name, column_name from information_schema.columns where table_schema = 'pgworker' "
-        "and (column_name = 'id' or column_name like '%%_id' or column_name in ('locked_by', 'turn')) "
+        "and (column_name = 'id' or column_name like '%%\\_id' or column_name in ('locked_by', 'turn')) "
         "and data_type <> 'bigint'",
     ) == []  # fmt: skip
     tx.execute("alter sequence pgworker.job_id restart 9000000000000000000")
