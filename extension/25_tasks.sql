@@ -328,8 +328,7 @@ begin
 
   perform pgworker.apply_limits(v_old, v_new);
   if v_old.paused and not v_new.paused then
-    perform nextval('pgworker.epoch');
-    perform pgworker.wake();
+    perform pgworker.wake_to_sweep();
   end if;
   select v.* into v_row from pgworker.tasks v where v.identifier = configure_task.identifier;
   return v_row;

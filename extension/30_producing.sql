@@ -1,6 +1,7 @@
 -- 30_producing.sql: adding jobs, in the caller's transaction
 --
 --   wake          tells sleeping workers that something is due
+--   wake_to_sweep the same for what lies behind the cursors
 --   add_job       the public function, in three overloads: payload as jsonb, as json, as text
 --   trigger_job   a ready trigger function
 --
@@ -27,6 +28,18 @@ end
 $$;
 comment on function pgworker.wake() is
   'Internal: notifies channel pgworker at commit, at most once a transaction, and only when a worker may be asleep.';
+
+create function pgworker.wake_to_sweep() returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform nextval('pgworker.epoch');
+  perform pgworker.wake();
+end
+$$;
+comment on function pgworker.wake_to_sweep() is
+  'Internal: work has appeared behind the cursors of sessions: the next claim of each looks everywhere, and sleepers wake.';
 
 create function pgworker.add_job(
   identifier   text,

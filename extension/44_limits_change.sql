@@ -18,8 +18,7 @@ begin
     set lane = (select pgworker.lane(t.keyed, j.limit_key, j.queue_name) from pgworker.task t
                 where t.identifier = j.task_identifier and t.limited)
     where j.id = any (p_ids);
-    perform nextval('pgworker.epoch');
-    perform pgworker.wake();
+    perform pgworker.wake_to_sweep();
   end if;
 end
 $$;

@@ -169,8 +169,7 @@ begin
   perform pgworker.free_queues(v_names, v_held);
   perform pgworker.free_permits(v_limited);
   if v_soon <= v_now then
-    perform nextval('pgworker.epoch');             -- behind the cursors
-    perform pgworker.wake();
+    perform pgworker.wake_to_sweep();           -- behind the cursors
   end if;
 end
 $$;
@@ -236,7 +235,8 @@ begin
   -- What does not all go in the one delete below is locked first, in the order of ids: what failed, and what somebody has
   -- asked to stop (cancel_jobs has left a notice). Those with a key too, for add_jobs locks several of them; and jobs of
   -- trees: if nobody has asked them to stop by then, nobody will, and they go in one delete.
-  select bool_or(j.root_id is not null) and cardinality(v_failed) = 0, bool_or(j.key is not null) into v_trees, v_keyed
+  select coalesce(bool_or(j.root_id is not null), false) and cardinality(v_failed) = 0,
+         coalesce(bool_or(j.key is not null), false) into v_trees, v_keyed
   from pgworker.job j where j.id = any (v_completed);
   if v_trees or v_keyed or cardinality(v_failed) > 0
      or exists (select from pgworker.notice n where n.worker_id = finish_jobs.worker_id) then
@@ -249,14 +249,14 @@ begin
   -- Most jobs end like this: completed, and nothing else. One delete, nothing kept.
   if cardinality(v_completed) > 0 then
     v_keeps := finish_jobs.worker_id is not null   -- to finish() null means: whoever holds them
-      and (finish_jobs.results is not null or coalesce(v_trees, false)
+      and (finish_jobs.results is not null or v_trees
            or exists (select from pgworker.setting s where s.name = 'keep_completed' and s.value::interval > interval '0')
            or exists (select from pgworker.task t where t.keep_completed is not null));
   end if;
   if v_keeps then
     v_done := pgworker.finish(v_completed, array_fill('completed'::text, array[cardinality(v_completed)]), null,
                               finish_jobs.results, p_worker_id => finish_jobs.worker_id,
-                              p_attempts => v_attempts[1:cardinality(v_completed)], p_trees => coalesce(v_trees, false));
+                              p_attempts => v_attempts[1:cardinality(v_completed)], p_trees => v_trees);
   elsif cardinality(v_completed) > 0 then
     with ending as materialized (
       select u.id, u.attempt from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)

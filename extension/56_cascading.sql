@@ -37,8 +37,7 @@ set jit = off
 as $$
 begin
   if exists (select from pgworker.job j where j.id = any (p_ids) and not j.waiting and j.run_at <= pgworker.clock()) then
-    perform nextval('pgworker.epoch');             -- they keep their place in line, which lies behind the cursors
-    perform pgworker.wake();
+    perform pgworker.wake_to_sweep();           -- they keep their place in line, which lies behind the cursors
   end if;
 end
 $$;

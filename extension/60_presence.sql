@@ -194,8 +194,7 @@ begin
   if v_over is not null then
     perform pgworker.finish(v_over, v_states, v_errors, null, p_lost => not p_refund);
   end if;
-  perform nextval('pgworker.epoch');               -- they lie behind the cursors
-  perform pgworker.wake();
+  perform pgworker.wake_to_sweep();           -- they lie behind the cursors
   return v_ids;
 end
 $$;

@@ -67,15 +67,8 @@ declare
   v_invalid text;
   v_row     pgworker.schedules;
 begin
-  if p_name is null then
-    raise exception using errcode = '22004', message = 'name must not be null',
-      hint = 'The name is how the schedule is changed and removed later, for example ''nightly report''.';
-  end if;
-  if length(p_name) not between 1 and 128 then
-    raise exception using errcode = '22023',
-      message = format('name must be 1 to 128 characters long, got %s', length(p_name)),
-      hint = 'The name is how the schedule is changed and removed later, for example ''nightly report''.';
-  end if;
+  perform pgworker.refuse_name(
+    'name', p_name, p_hint => 'The name is how the schedule is changed and removed later, for example ''nightly report''.');
   v_fields := pgworker.read_cron(p_cron);
   perform pgworker.check_timezone(v_zone);
   v_invalid := pgworker.invalid_argument(p_identifier, p_queue_name, p_max_attempts, p_job_key, p_priority, p_flags,

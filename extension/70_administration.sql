@@ -123,8 +123,7 @@ begin
   v_ids := v_ids || pgworker.revive(reschedule_jobs.job_ids, v_may, array['failed'], reschedule_jobs.run_at,
                                     reschedule_jobs.priority, reschedule_jobs.attempts, reschedule_jobs.max_attempts);
   if exists (select from pgworker.job j where j.id = any (v_ids) and j.run_at <= pgworker.clock()) then
-    perform nextval('pgworker.epoch');
-    perform pgworker.wake();
+    perform pgworker.wake_to_sweep();
   end if;
   return query select r.* from pgworker.job_rows(v_ids) r;
 end
@@ -205,20 +204,23 @@ comment on function pgworker.force_unlock_workers(bigint[]) is
   'Takes the jobs and queues of these workers away: they can be claimed again, attempts stay counted (a job on its last '
   'one fails). The workers learn it from their next heartbeat or finish. Returns the changed jobs.';
 
-create function pgworker.refuse_name(p_argument text, p_value text) returns void
+create function pgworker.refuse_name(
+  p_argument text, p_value text, p_most int default 128, p_hint text default 'It is written exactly as jobs name it.'
+) returns void
 language plpgsql immutable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_value is null or length(p_value) not between 1 and 128 then
+  if p_value is null or length(p_value) not between 1 and p_most then
     raise exception using errcode = case when p_value is null then '22004' else '22023' end,
       message = case when p_value is null then format('%s must not be null', p_argument)
-                     else format('%s must be 1 to 128 characters long, got %s', p_argument, length(p_value)) end,
-      hint = 'It is written exactly as jobs name it.';
+                     else format('%s must be 1 to %s characters long, got %s', p_argument, p_most, length(p_value)) end,
+      hint = p_hint;
   end if;
 end
 $$;
-comment on function pgworker.refuse_name(text, text) is 'Internal: raises 22023 or 22004 for what cannot be a name.';
+comment on function pgworker.refuse_name(text, text, int, text) is
+  'Internal: raises 22023 or 22004 for what cannot be a name.';
 
 create function pgworker.pause_queue(name text) returns void
 language plpgsql volatile parallel unsafe
@@ -243,8 +245,7 @@ begin
   perform pgworker.refuse_name('name', resume_queue.name);
   update pgworker.queue q set paused = false, turn = nextval('pgworker.turn') where q.name = resume_queue.name and q.paused;
   if found then
-    perform nextval('pgworker.epoch');
-    perform pgworker.wake();
+    perform pgworker.wake_to_sweep();
   end if;
 end
 $$;
@@ -271,34 +272,18 @@ begin
   perform pgworker.refuse_name('identifier', resume_task.identifier);
   update pgworker.task t set paused = false where t.identifier = resume_task.identifier and t.paused;
   if found then
-    perform nextval('pgworker.epoch');
-    perform pgworker.wake();
+    perform pgworker.wake_to_sweep();
   end if;
 end
 $$;
 comment on function pgworker.resume_task(text) is 'Lets a paused task go on; nothing happens if it is not paused.';
-
-create function pgworker.refuse_flag(p_flag text) returns void
-language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if p_flag is null or length(p_flag) not between 1 and 512 then
-    raise exception using errcode = case when p_flag is null then '22004' else '22023' end,
-      message = case when p_flag is null then 'name must not be null'
-                     else format('name must be 1 to 512 characters long, got %s', length(p_flag)) end,
-      hint = 'Name the flag as jobs have it.';
-  end if;
-end
-$$;
-comment on function pgworker.refuse_flag(text) is 'Internal: raises 22023 or 22004 for what cannot be a flag.';
 
 create function pgworker.forbid_flag(name text) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform pgworker.refuse_flag(forbid_flag.name);
+  perform pgworker.refuse_name('name', forbid_flag.name, 512, 'Name the flag as jobs have it.');
   insert into pgworker.forbidden_flag as f (name, forbidden_at) values (forbid_flag.name, pgworker.clock())
   on conflict on constraint forbidden_flag_pkey do nothing;
 end
@@ -311,11 +296,10 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform pgworker.refuse_flag(allow_flag.name);
+  perform pgworker.refuse_name('name', allow_flag.name, 512, 'Name the flag as jobs have it.');
   delete from pgworker.forbidden_flag f where f.name = allow_flag.name;
   if found then
-    perform nextval('pgworker.epoch');
-    perform pgworker.wake();
+    perform pgworker.wake_to_sweep();
   end if;
 end
 $$;
