@@ -70,12 +70,19 @@ def span(what: str, value: timedelta | None) -> timedelta | None:
     return value
 
 
-def refuse_unknown(call: str, options: Mapping[str, Any], *others: str) -> None:
-    """TypeError, naming it and what there is, for an option that `JobOptions` does not know."""
-    unknown = sorted(options.keys() - JobOptions.__annotations__.keys())
+def refuse_unknown(call: str, options: Mapping[str, Any], *others: str, known: type = JobOptions) -> None:
+    """TypeError, naming it and what there is, for an option that ``known``, a TypedDict, does not know."""
+    unknown = sorted(options.keys() - known.__annotations__.keys())
     if unknown:
-        known = ", ".join((*others, *JobOptions.__annotations__))
-        raise TypeError(f"{call} has no argument {unknown[0]!r}; it takes {known}")
+        there_are = ", ".join((*others, *known.__annotations__))
+        raise TypeError(f"{call} has no argument {unknown[0]!r}; it takes {there_are}")
+
+
+def flag_list(flags: Sequence[str] | None) -> list[str] | None:
+    """The flags as the database takes them; TypeError for a text, which is a sequence too."""
+    if isinstance(flags, str):
+        raise TypeError(f"flags must be a list of flags, not the text {flags!r}")
+    return None if flags is None else list(flags)
 
 
 def plain_spec(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -112,9 +119,6 @@ def add_job(identifier: str, payload: Any = None, **options: Unpack[JobOptions])
 def job_request(identifier: str, payload: Any, options: JobOptions) -> Request[JobRow]:
     """What `add_job` asks of the database."""
     refuse_unknown("add_job", options)
-    flags = options.get("flags")
-    if isinstance(flags, str):
-        raise TypeError(f"flags must be a list of flags, not the text {flags!r}")
     return Request(
         f"select {JOB_COLUMNS} from pgworker.add_job("
         "%s::text, %s::jsonb, %s::text, %s::timestamptz, %s::int, %s::text, %s::int, %s::text[], %s::text, "
@@ -127,7 +131,7 @@ def job_request(identifier: str, payload: Any, options: JobOptions) -> Request[J
             options.get("max_attempts"),
             options.get("job_key"),
             options.get("priority"),
-            None if flags is None else list(flags),
+            flag_list(options.get("flags")),
             options.get("job_key_mode"),
             options.get("limit_key"),
             span("unique_for", options.get("unique_for")),

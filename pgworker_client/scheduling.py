@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
-from pgworker_client.enqueue import KeyMode, aware
+from pgworker_client.enqueue import KeyMode, aware, flag_list, refuse_unknown
 from pgworker_client.job import to_json
 from pgworker_client.on_connection import Request, on_connection
 
@@ -89,13 +89,7 @@ def schedule_job(
             up for), and `add_job`'s ``queue_name``, ``max_attempts``, ``job_key`` with ``job_key_mode``, ``priority``
             and ``flags``.
     """
-    unknown = sorted(options.keys() - ScheduleOptions.__annotations__.keys())
-    if unknown:
-        known = ", ".join(ScheduleOptions.__annotations__)
-        raise TypeError(f"schedule_job has no argument {unknown[0]!r}; it takes {known}")
-    flags = options.get("flags")
-    if isinstance(flags, str):
-        raise TypeError(f"flags must be a list of flags, not the text {flags!r}")
+    refuse_unknown("schedule_job", options, known=ScheduleOptions)
     return Request(
         f"select {_COLUMNS} from pgworker.schedule_job(%s::text, %s::text, %s::text, %s::jsonb, %s::text, %s::interval,"
         " %s::text, %s::int, %s::text, %s::text, %s::int, %s::text[])",
@@ -111,7 +105,7 @@ def schedule_job(
             options.get("job_key"),
             options.get("job_key_mode"),
             options.get("priority"),
-            None if flags is None else list(flags),
+            flag_list(options.get("flags")),
         ),
         _one,
     )
