@@ -62,19 +62,25 @@ def held(bench: Bench) -> None:
     It keeps every row version of its own database, and none of another one's, so the two can take turns round by round.
     The first rounds only pass; then every run is a round of each.
     """
-    free, kept = (replace(bench.ours, name=name) for name in ("held_not", "held"))
-    with contextlib.ExitStack() as stack:
-        for side in (free, kept):
-            side.install(bench.server)
-        old = stack.enter_context(kept.connect(bench.server))
-        old.execute("begin isolation level repeatable read")
-        old.execute("select count(*) from pg_class")
+    with free_and_held(bench, "held") as (free, kept), contextlib.ExitStack() as stack:
         workers = {side.name: stack.enter_context(_workers(bench, side, 1)) for side in (free, kept)}
         for number in range(bench.sizes.rounds + bench.runs):
             for side in (free, kept):
                 rate = _round(bench, side, workers[side.name])
                 if number >= bench.sizes.rounds:
                     bench.note(side.name, bench.ours, rate)
+
+
+@contextlib.contextmanager
+def free_and_held(bench: Bench, name: str) -> Iterator[tuple[Side, Side]]:
+    """Our side in two databases, called ``name_not`` and ``name``; in the second an old snapshot is held."""
+    free, kept = (replace(bench.ours, name=name) for name in (f"{name}_not", name))
+    for side in (free, kept):
+        side.install(bench.server)
+    with kept.connect(bench.server) as old:
+        old.execute("begin isolation level repeatable read")
+        old.execute("select count(*) from pg_class")
+        yield free, kept
 
 
 def drain(

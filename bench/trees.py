@@ -9,12 +9,11 @@ import contextlib
 import queue
 import threading
 import time
-from dataclasses import replace
 from typing import Any
 
 import psycopg
 
-from bench.draining import drain
+from bench.draining import drain, free_and_held
 from bench.setting import Bench
 from bench.sides import Side
 
@@ -83,13 +82,7 @@ def siblings(bench: Bench) -> None:
 
 def held(bench: Bench) -> None:
     """Drain children of one parent in two databases that take turns; in one an old snapshot is held all the time."""
-    free, kept = (replace(bench.ours, name=name) for name in ("tree_held_not", "tree_held"))
-    with contextlib.ExitStack() as stack:
-        for side in (free, kept):
-            side.install(bench.server)
-        old = stack.enter_context(kept.connect(bench.server))
-        old.execute("begin isolation level repeatable read")
-        old.execute("select count(*) from pg_class")
+    with free_and_held(bench, "tree_held") as (free, kept):
         for _ in range(bench.runs):
             for side in (free, kept):
                 with side.connect(bench.server) as conn:

@@ -12,25 +12,19 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 
 from tests.calling import Conn, add, call, claim_ids, register, rows, values
 from tests.clock import move_clock
 from tests.connections import Connections
+from tests.histories import histories, patience
 from tests.model.queue_model import Model
-from tests.model.test_against_model import EXAMPLES, Queue
+from tests.model.test_against_model import Queue
 from tests.trees import test_tree_model as trees
 
 _LIVE = "select id, state, parent_id, pgworker.why(id) as why from pgworker.jobs where finished_at is null"
-_SETTINGS: dict[str, Any] = {
-    "deadline": None,
-    "derandomize": not EXAMPLES,
-    "database": None,
-    "phases": [Phase.generate],
-    "suppress_health_check": list(HealthCheck),
-}
 
 
 def ready(conn: Conn) -> set[int]:
@@ -108,18 +102,18 @@ class ExplainedForest(trees.Forest):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 120)
+@patience(120)
 def test_why_is_the_truth_about_queues(connect: Connections, workers: int) -> None:
     connections = [connect() for _ in range(workers)]
     run_state_machine_as_test(
         lambda: ExplainedQueue(connections),  # type: ignore[arg-type]
-        settings=settings(max_examples=EXAMPLES or 8, stateful_step_count=40, **_SETTINGS),
+        settings=histories(8, stateful_step_count=40),
     )
 
 
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 120)
+@patience(120)
 def test_why_is_the_truth_about_trees(db: Conn) -> None:
-    @settings(max_examples=EXAMPLES or 15, **_SETTINGS)
+    @histories(15)
     @given(
         families=st.lists(trees.families, min_size=1, max_size=2),
         steps=st.lists(st.tuples(trees.kinds, trees.picks, trees.picks), min_size=20, max_size=40),
@@ -174,9 +168,9 @@ def gets(conn: Conn, worker: int, job: int) -> bool:
         return claim_ids(conn, worker, 1000, forbidden_flags=["y"]) == [job]
 
 
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 120)
+@patience(120)
 def test_why_is_the_truth_about_limits(db: Conn) -> None:
-    @settings(max_examples=EXAMPLES or 15, **_SETTINGS)
+    @histories(15)
     @given(steps=_steps)
     def explain(steps: list[tuple[str, Any]]) -> None:
         now = _NOON

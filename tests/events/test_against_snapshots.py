@@ -8,26 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from tests.calling import Conn
 from tests.connections import Connections
 from tests.events.witness import Witness, publish
-from tests.model.test_against_model import EXAMPLES, Queue
+from tests.histories import histories, patience
+from tests.model.test_against_model import Queue
 from tests.trees.test_tree_model import Forest, Spec, Step, families, kinds, picks
 
-OFTEN = settings(
-    max_examples=EXAMPLES or 20,
-    stateful_step_count=50,
-    deadline=None,
-    derandomize=not EXAMPLES,
-    database=None,
-    phases=[Phase.generate],  # making a history shorter takes minutes
-    suppress_health_check=list(HealthCheck),
-)
+OFTEN = histories(20, stateful_step_count=50)
 
 
 class WatchedQueue(Queue):
@@ -44,7 +36,7 @@ class WatchedQueue(Queue):
             return super().call(query, *parameters, by=by)
 
 
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 120)
+@patience(120)
 def test_no_history_of_a_queue_is_told_otherwise_than_it_was(connect: Connections) -> None:
     connections = [connect() for _ in range(2)]
     publish(connections[0])
@@ -53,7 +45,7 @@ def test_no_history_of_a_queue_is_told_otherwise_than_it_was(connect: Connection
     run_state_machine_as_test(make, settings=OFTEN)  # type: ignore[arg-type]
 
 
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 120)
+@patience(120)
 def test_no_history_of_trees_is_told_otherwise_than_it_was(connect: Connections) -> None:
     conn = connect()
     publish(conn)

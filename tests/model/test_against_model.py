@@ -5,26 +5,24 @@ PGWORKER_MODEL_EXAMPLES sets how many random histories are tried; without it a f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import Phase
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from psycopg.types.json import Jsonb
 
 from tests.clock import move_clock
 from tests.connections import Connections
+from tests.histories import EXAMPLES, histories, patience
 from tests.invariants import violations
 from tests.model.queue_model import DEBOUNCE_MAX, Job, Model, Payload
 
 Conn = psycopg.Connection[Any]
-
-EXAMPLES = int(os.environ.get("PGWORKER_MODEL_EXAMPLES", "0"))
 
 _SECOND = 1_000_000
 _LIVE = """
@@ -287,18 +285,10 @@ class Queue(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 300)
+@patience(300)
 def test_no_history_of_calls_makes_it_differ_from_the_model(connect: Connections, workers: int) -> None:
     connections = [connect() for _ in range(workers)]
-    profile = settings(
-        max_examples=EXAMPLES or 30,
-        stateful_step_count=50,
-        deadline=None,
-        derandomize=not EXAMPLES,
-        database=None,
-        # Making a history shorter takes minutes.
-        phases=[Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    phases = [Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate]
+    profile = histories(30, stateful_step_count=50, phases=phases)
     make: Callable[[], RuleBasedStateMachine] = lambda: Queue(connections)  # noqa: E731
     run_state_machine_as_test(make, settings=profile)  # type: ignore[arg-type]

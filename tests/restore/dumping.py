@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -40,6 +43,25 @@ def drop(server: EmbeddedServer, dbname: str) -> None:
     """Drop the database if it is there."""
     with psycopg.connect(server.dsn(), autocommit=True) as conn:
         conn.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(dbname)))
+
+
+@contextmanager
+def restoring(
+    server: EmbeddedServer, dbname: str, to: Path, copy: str
+) -> Iterator[Callable[[str], psycopg.Connection[Any]]]:
+    """Dump a database in a format, restore it into ``copy``, and connect to that; as often as one likes."""
+    connections: list[psycopg.Connection[Any]] = []
+
+    def take(kind: str) -> psycopg.Connection[Any]:
+        drop(server, copy)
+        restore(server, dump(server, dbname, to, kind), kind, copy)
+        connections.append(psycopg.connect(server.dsn(copy), autocommit=True))
+        return connections[-1]
+
+    yield take
+    for conn in connections:
+        conn.close()
+    drop(server, copy)
 
 
 def _run(server: EmbeddedServer, program: str, *arguments: str) -> None:

@@ -18,7 +18,7 @@ from tests.clock import move_clock
 from tests.events.witness import Witness
 from tests.invariants import assert_all_claimable, assert_consistent
 from tests.lifecycle import STATES, job_in
-from tests.restore.dumping import FORMATS, drop, dump, restore
+from tests.restore.dumping import FORMATS, restoring
 from tests.waiting import until
 
 COPY = "pgworker_restored"
@@ -29,18 +29,8 @@ Restored = Callable[[str], Conn]
 @pytest.fixture
 def restored(server: EmbeddedServer, db: Conn, tmp_path: Path) -> Iterator[Restored]:
     """Dump the test's database in a format, restore it elsewhere, and connect to the copy."""
-    connections: list[Conn] = []
-
-    def take(kind: str) -> Conn:
-        drop(server, COPY)
-        restore(server, dump(server, db.info.dbname, tmp_path, kind), kind, COPY)
-        connections.append(psycopg.connect(server.dsn(COPY), autocommit=True))
-        return connections[-1]
-
-    yield take
-    for conn in connections:
-        conn.close()
-    drop(server, COPY)
+    with restoring(server, db.info.dbname, tmp_path, COPY) as take:
+        yield take
 
 
 def _sequences(conn: Conn) -> dict[str, tuple[Any, ...]]:

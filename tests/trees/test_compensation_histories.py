@@ -6,18 +6,15 @@ PGWORKER_MODEL_EXAMPLES sets how many random histories are tried; without it a f
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
-import pytest
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from tests.calling import Conn, call, claim, register, rows, state, value, values
+from tests.histories import histories, patience
 from tests.invariants import violations
 from tests.trees.undoing import settle
-
-EXAMPLES = int(os.environ.get("PGWORKER_MODEL_EXAMPLES", "0"))
 
 _TABLES = "job, finished, attempt, counter, dependency, compensation, unsettled, worker, notice"
 
@@ -126,16 +123,9 @@ class History:
         return undone
 
 
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 300)
+@patience(300)
 def test_what_was_undone_is_what_had_completed_backwards_if_the_tree_failed(db: Conn) -> None:
-    @settings(
-        max_examples=EXAMPLES or 30,
-        deadline=None,
-        derandomize=not EXAMPLES,
-        database=None,
-        phases=[Phase.generate],  # making a history shorter takes minutes
-        suppress_health_check=list(HealthCheck),
-    )
+    @histories(30)
     @given(specs=_nodes, steps=_steps)
     def compare(specs: list[Spec], steps: list[tuple[str, int]]) -> None:
         db.execute(f"truncate {', '.join(f'pgworker.{name}' for name in _TABLES.split(', '))}".encode())

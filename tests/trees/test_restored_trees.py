@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
 from pgworker_client.embedded import EmbeddedServer
 from tests.calling import Conn, call, claim, claim_ids, register, rows, value
 from tests.invariants import assert_consistent
-from tests.restore.dumping import FORMATS, drop, dump, restore
+from tests.restore.dumping import FORMATS, restoring
 from tests.trees.planting import complete, fail, plant
 from tests.trees.undoing import chain, compensations, settle, work
 
@@ -39,18 +38,8 @@ TREE = _node(
 @pytest.fixture
 def restored(server: EmbeddedServer, db: Conn, tmp_path: Path) -> Iterator[Restored]:
     """Dump the test's database in a format, restore it elsewhere, and connect to the copy."""
-    connections: list[Conn] = []
-
-    def take(kind: str) -> Conn:
-        drop(server, COPY)
-        restore(server, dump(server, db.info.dbname, tmp_path, kind), kind, COPY)
-        connections.append(psycopg.connect(server.dsn(COPY), autocommit=True))
-        return connections[-1]
-
-    yield take
-    for conn in connections:
-        conn.close()
-    drop(server, COPY)
+    with restoring(server, db.info.dbname, tmp_path, COPY) as take:
+        yield take
 
 
 def _half(db: Conn) -> int:

@@ -6,20 +6,17 @@ PGWORKER_MODEL_EXAMPLES sets how many random histories are tried; without it a f
 from __future__ import annotations
 
 import json
-import os
 import re
 from typing import Any
 
-import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.calling import Conn, Row, call, claim_ids, register, rows, value
+from tests.histories import histories, patience
 from tests.invariants import violations
 from tests.trees.forest import Node
 from tests.trees.tree_model import Trees
-
-EXAMPLES = int(os.environ.get("PGWORKER_MODEL_EXAMPLES", "0"))
 
 _SEEN = """
 select v.id, case v.state when 'scheduled' then 'ready' else v.state end as state, v.locked_by as holder, v.attempts,
@@ -267,16 +264,9 @@ class Forest:
                 node.attempts -= 1
 
 
-@pytest.mark.timeout(600 + EXAMPLES * 2 if EXAMPLES else 300)
+@patience(300)
 def test_no_history_of_a_forest_makes_it_differ_from_the_model(db: Conn) -> None:
-    @settings(
-        max_examples=EXAMPLES or 25,
-        deadline=None,
-        derandomize=not EXAMPLES,
-        database=None,
-        phases=[Phase.generate],  # making a history shorter takes minutes
-        suppress_health_check=list(HealthCheck),
-    )
+    @histories(25)
     @given(
         families=st.lists(families, min_size=1, max_size=2),
         steps=st.lists(st.tuples(kinds, picks, picks), min_size=30, max_size=60),
