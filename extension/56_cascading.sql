@@ -414,8 +414,10 @@ begin
                     and not exists (select from pgworker.job j where j.id = u.id offset 0));
   delete from pgworker.dependency d where d.after_id = any (v_gone);
   delete from pgworker.dependency d where d.job_id = any (v_gone);
-  perform pgworker.drop_compensations(array(select g.id from unnest(v_gone) as g(id)
-                                            where (g.id in (select r.id from unnest(p_roots) as r(id))) is true));
+  -- Of whole trees: also when the root went before, while somebody was adding children with compensations below it.
+  perform pgworker.drop_compensations(array(select distinct r.id from unnest(p_roots) as r(id)
+                                            where not exists (select from pgworker.finished f where f.id = r.id offset 0)
+                                              and not exists (select from pgworker.job j where j.id = r.id offset 0)));
   perform pgworker.postpone(array_agg(f.parent_id), 'stop', array_agg(f.root_id),
                             array_agg(format('job %s was removed', f.parent_id)), array_agg(f.parent_id))
   from pgworker.finished f
