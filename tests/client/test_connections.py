@@ -23,7 +23,7 @@ Db = psycopg.Connection[Any]
 Start = Callable[[Worker], Background]
 
 #: The connections of a worker, and what the statement that each ran last looks like.
-PARTS = {"claim": "get_jobs|next_run_at", "finish": "finish_jobs", "presence": "heartbeat|maintain|listen"}
+PARTS = {"claim": "get_jobs|next_run_at", "finish": "finish_jobs", "presence": "heartbeat|maintain"}
 
 
 def pid_of(db: Db, part: str) -> int:
