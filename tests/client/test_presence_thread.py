@@ -1,4 +1,4 @@
-"""Presence does not depend on the event loop: a handler that blocks it neither loses its job nor keeps others waiting."""
+"""Presence does not depend on the event loop: a handler that blocks it loses no job and keeps no other waiting."""
 
 from __future__ import annotations
 
