@@ -58,6 +58,7 @@ create function pgworker.default_setting(p_name text) returns text
 language sql immutable parallel safe
 return case p_name
   when 'rescue_grace' then '5 seconds'
+  when 'timeout_grace' then '10 seconds'
   when 'keep_completed' then '0'
   when 'keep_results' then '1 day'
   when 'keep_failed' then '30 days'
@@ -382,11 +383,13 @@ create table pgworker.worker (
   lease_until   timestamptz,
   missing_since timestamptz,
   registered_at timestamptz not null,
-  version       text
+  version       text,
+  timeouts      jsonb
 ) with (fillfactor = 50);
 comment on table pgworker.worker is
   'Registered workers. Without a lease presence is a session-level advisory lock (class 1886874482, the id''s low 31 '
-  'bits); missing_since is when maintain() first found it gone; version the one of pgworker that it was made for.';
+  'bits); missing_since is when maintain() first found it gone; version the one of pgworker that it was made for; '
+  'timeouts: its own, by task, in seconds.';
 
 create table pgworker.interest (
   worker_id       bigint not null,
@@ -398,6 +401,19 @@ create table pgworker.interest (
 comment on table pgworker.interest is
   'What a worker asked for when it last claimed in a session (pid), for those who want to know why nobody takes a job. '
   'Written by the first claim of a session and by one that asks for something else, never by the others.';
+
+create table pgworker.deadline (
+  look_at   timestamptz not null,
+  ends_at   timestamptz not null,
+  worker_id bigint      not null,
+  timeout   interval    not null,
+  job_ids   bigint[]    not null,
+  attempts  smallint[]  not null
+);
+comment on table pgworker.deadline is
+  'Runs with a timeout, as they were claimed: one row per claim and timeout. maintain() looks at look_at, at the latest '
+  'after a minute, which of them still run, and takes those away whose time is over (ends_at).';
+create index deadline_look_at on pgworker.deadline (look_at);
 
 create table pgworker.notice (
   worker_id bigint not null,

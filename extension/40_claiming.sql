@@ -145,7 +145,7 @@ begin
 
   -- The row lock keeps maintain() from declaring this worker dead between here and our commit: jobs claimed by a worker
   -- that nobody knows would be given back by nobody.
-  select w.lease, (select e.last_value from pgworker.epoch e) as epoch,
+  select w.lease, w.timeouts as own_timeouts, (select e.last_value from pgworker.epoch e) as epoch,
          t.paused, t.limits, t.timeouts,
          (select array_agg(f.name) from pgworker.forbidden_flag f) as forbidden,
          v_brief and not exists (select from pgworker.job j where j.queue_name > '' and j.lane is null and not j.waiting) as brief
@@ -307,6 +307,10 @@ begin
   -- Two hundred priorities are remembered; whoever uses more pays with more probes.
   v_text := array_to_string(v_cursor[1:1005], ' ');
   perform set_config('pgworker.cursor', v_text || '#' || hashtext(v_text), false);
+
+  if (v_worker.timeouts or v_worker.own_timeouts is not null) and v_left < v_most then
+    perform pgworker.note_deadlines(worker_id, v_worker.own_timeouts, v_tids, v_now);
+  end if;
 
   -- Whoever found nothing is taken to lie down until its next claim finds something, and shows it with an advisory lock
   -- that wake() sees. pgworker.asleep only remembers that this session holds it, and unlike the lock a rollback undoes

@@ -9,7 +9,7 @@
 --   give_back           its jobs go back, whatever the reason
 --   forget_workers      workers that hold nothing any more
 --   prune               finished jobs whose time is over
---   maintain            notices who has died, does what was left to be done in trees, prunes, and runs schedules
+--   maintain            notices who has died or hangs, does what was left to be done in trees, prunes, and runs schedules
 --
 -- A worker without a lease is present while some session holds the advisory lock (1886874482, low 31 bits of its id): it
 -- vanishes the moment the session dies, with nothing written while it lives. maintain() gives its jobs back when the lock
@@ -50,8 +50,9 @@ select w.id, w.name, w.lease, w.lease_until, w.missing_since, w.version,
 from pgworker.worker w;
 comment on view pgworker.presence is 'Internal: registered workers, and whether they are present.';
 
-create function pgworker.register_worker(name text default null, lease interval default null, version text default null)
-returns bigint
+create function pgworker.register_worker(
+  name text default null, lease interval default null, version text default null, timeouts jsonb default null
+) returns bigint
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -64,9 +65,10 @@ begin
       message = format('lease must be longer than nothing and at most 10 years, got %s', lease),
       hint = 'Give an interval such as 30 seconds and call heartbeat() well within it, or null for presence by session.';
   end if;
-  insert into pgworker.worker as w (name, lease, lease_until, registered_at, version)
+  perform pgworker.check_timeouts(timeouts);
+  insert into pgworker.worker as w (name, lease, lease_until, registered_at, version, timeouts)
   values (register_worker.name, register_worker.lease, v_now + register_worker.lease, v_now,
-          coalesce(register_worker.version, pgworker.version()))
+          coalesce(register_worker.version, pgworker.version()), nullif(register_worker.timeouts, '{}'))
   returning w.id into v_id;
   if lease is null then
     perform pg_advisory_lock_shared(1886874482, pgworker.presence_key(v_id));
@@ -74,10 +76,11 @@ begin
   return v_id;
 end
 $$;
-comment on function pgworker.register_worker(text, interval, text) is
+comment on function pgworker.register_worker(text, interval, text, jsonb) is
   'Registers a worker and returns its id. Without a lease it is present as long as this database session lives; with one '
   'it must call heartbeat() before the lease is over (for transaction poolers). version: the one of pgworker that it was '
-  'made for, null for the one that is installed; doctor() compares.';
+  'made for, null for the one that is installed; doctor() compares. timeouts: seconds by task, where its own are not those '
+  'of configure_task; what it has not stopped by then, maintain() takes away. Raises 22023 for what are no timeouts.';
 
 create function pgworker.heartbeat(worker_id bigint) returns table (job_id bigint, notice text)
 language plpgsql volatile parallel unsafe security definer
@@ -359,7 +362,7 @@ begin
   end if;
 
   -- One or the other: each may hold counters by then, and wait for nothing else.
-  if cardinality(v_dead) > 0 or pgworker.settle_leftovers() or pgworker.prune(v_now) then
+  if cardinality(v_dead) > 0 or pgworker.time_out(v_now) or pgworker.settle_leftovers() or pgworker.prune(v_now) then
     v_next := interval '0';                        -- there may be more; each in a transaction of its own
   end if;
   -- Last, because it waits for nothing but, a moment, jobs with the same key.
@@ -368,6 +371,6 @@ begin
 end
 $$;
 comment on function pgworker.maintain() is
-  'Gives back the jobs of workers that have vanished, does what was left to be done in trees, prunes finished jobs, and adds '
-  'the jobs of schedules that are due. Any session may call it, any number at once; returns how long until the next call '
-  'is useful.';
+  'Gives back the jobs of workers that have vanished, fails runs that are long overdue, does what was left to be done in '
+  'trees, prunes finished jobs, and adds the jobs of schedules that are due. Any session may call it, any number at once; '
+  'returns how long until the next call is useful.';

@@ -23,6 +23,7 @@ begin atomic
   select v.name, v.is_interval, v.meaning
   from (values
     ('rescue_grace', true, 'how long a worker may be gone before its jobs are given back'),
+    ('timeout_grace', true, 'how long after its timeout a run may still be ended by its worker before maintain() does it'),
     ('keep_completed', true, 'how long completed jobs are kept'),
     ('keep_results', true,
      'how long those are kept at least that have a result, are the root of a tree or were completed by hand'),

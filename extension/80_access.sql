@@ -42,7 +42,7 @@ as $$
 begin
   perform pgworker.grant_producer(role);
   execute format(
-    'grant execute on function pgworker.check_client(int), pgworker.register_worker(text, interval, text), '
+    'grant execute on function pgworker.check_client(int), pgworker.register_worker(text, interval, text, jsonb), '
     'pgworker.get_jobs(bigint, int, text[], text[]), pgworker.get_job(bigint, text[], text[]), '
     'pgworker.complete_job(bigint, bigint, jsonb, int), '
     'pgworker.fail_job(bigint, bigint, text, timestamptz, boolean, jsonb, int), '

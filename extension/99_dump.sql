@@ -15,6 +15,7 @@ select pg_catalog.pg_extension_config_dump('pgworker.forbidden_flag', '');
 select pg_catalog.pg_extension_config_dump('pgworker.schedule', '');
 select pg_catalog.pg_extension_config_dump('pgworker.worker', '');
 select pg_catalog.pg_extension_config_dump('pgworker.interest', '');
+select pg_catalog.pg_extension_config_dump('pgworker.deadline', '');
 select pg_catalog.pg_extension_config_dump('pgworker.notice', '');
 select pg_catalog.pg_extension_config_dump('pgworker.job_id', '');
 select pg_catalog.pg_extension_config_dump('pgworker.worker_id', '');

@@ -65,6 +65,11 @@ class Context:
         self._cancelled: asyncio.Event | None = None
 
     @property
+    def worker_id(self) -> int:
+        """The worker that claimed the job."""
+        return self._worker_id
+
+    @property
     def job(self) -> Job:
         """The job as it was claimed."""
         if self._job is None:

@@ -25,6 +25,8 @@ from pgworker_client.tasks import Task
 
 #: Seconds that whatever has been told to end gets to do so: cancelled handlers, the last claim, the last report.
 _LAST_WAIT = 5.0
+#: Seconds, about thirty years; the database takes no longer timeouts.
+_LONGEST = 1e9
 
 
 class Engine:
@@ -59,13 +61,26 @@ class Engine:
         self._feed = Feed(loop, self._room)
         wrap = compose(middleware)
         self._processes = ProcessPool(settings.concurrency)
-        self._runners = [
-            Runner(self._feed, tasks, self._finisher, around, wrap, self._processes)
-            for _ in range(settings.concurrency)
-        ]
+        self._make_runner: Callable[[], Runner] = lambda: Runner(
+            self._feed, tasks, self._finisher, around, wrap, self._processes, self._replace
+        )
+        self._runners = [self._make_runner() for _ in range(settings.concurrency)]
+        self._parts: set[asyncio.Task[None]] = set()
+        self._part_ended = asyncio.Event()
+        self._runners_started = 0
         self._claimer = Claimer(settings, self._claim_link, self._feed, self._finisher, log, tasks, self._running)
         self._presence = PresenceThread(
-            settings, conninfo, log, self._feed, on_worker_id=self._new_worker_id, on_notice=self._notice
+            settings,
+            conninfo,
+            log,
+            self._feed,
+            {
+                name: task.timeout
+                for name, task in tasks.items()
+                if task.timeout is not None and task.timeout <= _LONGEST
+            },
+            on_worker_id=self._new_worker_id,
+            on_notice=self._notice,
         )
         self._stops = 0
         self._stopping = asyncio.Event()
@@ -123,26 +138,25 @@ class Engine:
         return False
 
     async def _work(self, *, once: bool) -> None:
-        tasks = asyncio.create_task
-        claiming = tasks(self._claimer.run(once=once), name="claim")
-        finishing = tasks(self._finisher.run(), name="finish")
-        present = tasks(self._presence.run(), name="presence")
-        parts = {claiming, finishing, present}
-        for number, runner in enumerate(self._runners, 1):
-            runner.task = tasks(runner.run(), name=f"runner {number}")
-            parts.add(runner.task)
-        stop = tasks(self._stopping.wait(), name="stop")
+        claiming = self._watch(asyncio.create_task(self._claimer.run(once=once), name="claim"))
+        finishing = self._watch(asyncio.create_task(self._finisher.run(), name="finish"))
+        present = self._watch(asyncio.create_task(self._presence.run(), name="presence"))
+        for runner in self._runners:
+            self._start_runner(runner)
+        stop = asyncio.create_task(self._stopping.wait(), name="stop")
+        ended = asyncio.create_task(self._part_ended.wait(), name="part ended")
         self._log.info("worker started, concurrency %d", self._settings.concurrency)
         if self._hooks is not None:
             self._hooks.worker("worker_started")
         cancelled: asyncio.CancelledError | None = None
         try:
-            await asyncio.wait({*parts, stop}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError as exc:  # whoever awaits us wants the end now: in order, but at once
             cancelled = exc
             self._interrupting.set()
         stop.cancel()
-        dead = _dead(parts)
+        ended.cancel()
+        dead = _dead(self._parts)
         if dead is not None:
             self._log.error("%s; the worker stops", _death(dead))
             if dead is finishing:  # nothing can be reported any more, so nothing is worth waiting for
@@ -150,7 +164,7 @@ class Engine:
         await self._drain(claiming, finishing)
         await self._presence.leave()
         await asyncio.wait((present,))
-        dead = dead or _dead(parts)
+        dead = dead or _dead(self._parts)
         self._log.info("worker stopped")
         if self._hooks is not None:
             self._hooks.worker("worker_stopped")
@@ -158,6 +172,24 @@ class Engine:
             raise cancelled
         if dead is not None:
             raise WorkerFailed(_death(dead)) from dead.exception()
+
+    def _watch(self, part: asyncio.Task[None]) -> asyncio.Task[None]:
+        """The worker stops when this one ends."""
+        self._parts.add(part)
+        part.add_done_callback(lambda ended: self._part_ended.set() if ended in self._parts else None)
+        return part
+
+    def _start_runner(self, runner: Runner) -> None:
+        self._runners_started += 1
+        runner.task = self._watch(asyncio.create_task(runner.run(), name=f"runner {self._runners_started}"))
+
+    def _replace(self, given_up: Runner) -> None:
+        """A handler does not stop, and its runner can run no other: another takes its place."""
+        if given_up.task is not None:
+            self._parts.discard(given_up.task)
+        runner = self._runners[self._runners.index(given_up)] = self._make_runner()
+        if not self._feed.closed:
+            self._start_runner(runner)
 
     async def _drain(self, claiming: asyncio.Task[None], finishing: asyncio.Task[None]) -> None:
         """Let go of what was not started, wait for what runs, interrupt it if need be, report everything."""

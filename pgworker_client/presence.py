@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -40,6 +41,7 @@ class Presence:
         settings: Settings,
         conninfo: str,
         log: Log,
+        timeouts: dict[str, float],
         *,
         on_worker_id: Callable[[int], None],
         on_notice: Callable[[int, str], None],
@@ -47,6 +49,7 @@ class Presence:
     ) -> None:
         self._settings = settings
         self._log = log
+        self._timeouts = json.dumps(timeouts) if timeouts else None
         self._on_worker_id = on_worker_id
         self._on_notice = on_notice
         self._watch = watch
@@ -168,8 +171,8 @@ class Presence:
         lease = None if self._settings.lease is None else timedelta(seconds=self._settings.lease)
         cur = psycopg.AsyncCursor(conn, row_factory=tuple_row)
         await cur.execute(
-            "select pgworker.register_worker(%s::text, %s::interval, %s::text)",
-            (self._settings.worker_name(), lease, schema.version()),
+            "select pgworker.register_worker(%s::text, %s::interval, %s::text, %s::jsonb)",
+            (self._settings.worker_name(), lease, schema.version(), self._timeouts),
             prepare=False,
         )
         ((worker_id,),) = await cur.fetchall()

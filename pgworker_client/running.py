@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -34,6 +35,9 @@ from pgworker_client.reports import Outbox
 from pgworker_client.tasks import Task
 from pgworker_client.threads import HandlerThread
 
+#: Seconds that a handler which is to stop gets to do so. Then it is reported as stopped, and left behind.
+PATIENCE = 5.0
+
 
 class Runner:
     """One of the ``concurrency`` loops of a worker.
@@ -50,6 +54,7 @@ class Runner:
         around: Surroundings,
         middleware: Around | None,
         processes: ProcessPool,
+        on_given_up: Callable[[Runner], None],
     ) -> None:
         self._feed = feed
         self._tasks = tasks
@@ -60,6 +65,9 @@ class Runner:
         self._thread: HandlerThread | None = None
         self._blocking: BlockingContext | None = None
         self._abandoned = False
+        self._on_given_up = on_given_up
+        #: Whether the run of this runner was given up: somebody else is in its place.
+        self._replaced = False
         self.task: asyncio.Task[None] | None = None
         #: The run that is going on.
         self.current: Context | None = None
@@ -75,7 +83,7 @@ class Runner:
         feed = self._feed
         feed.join()
         try:
-            while True:
+            while not self._replaced:
                 if feed.jobs:
                     await self._run_jobs()
                 elif feed.closed:
@@ -83,17 +91,23 @@ class Runner:
                 else:
                     await feed.park()
         finally:
-            feed.leave()
+            if not self._replaced:
+                feed.leave()
             if self._thread is not None:
                 self._thread.leave()
 
     def interrupt(self, fate: str) -> None:
-        """End the present run early: "cancel", "lost" or "stop". A thread is only told; see `abandon`."""
+        """End the present run early: "cancel", "lost" or "stop". A thread is only told.
+
+        At a stop the caller waits, and calls `abandon`; else a run that does not end is given up after `PATIENCE`.
+        """
         ctx = self.current
         if ctx is None or ctx.fate in (fate, "lost"):
             return
         if ctx.fate == WAITING and fate != "stop":
             return  # it is said of the job's next run
+        if fate != "stop" and ctx.fate is None:
+            self._around.loop.call_later(PATIENCE, self._give_up, ctx)
         if self._blocking is not None:
             self._blocking.stop(fate)
             return
@@ -101,6 +115,32 @@ class Runner:
         if self.task is not None and (fate == "stop" or not ctx.cancels):
             ctx.cancels += 1
             self.task.cancel()
+
+    def _give_up(self, ctx: Context) -> None:
+        """Its handler does not stop. A thread is replaced by another; with a coroutine the whole runner is."""
+        if self.current is not ctx or self._row is None:
+            return
+        if self._blocking is not None:
+            if not isinstance(self._blocking, ProcessRun):  # a process is killed
+                self.abandon()
+            return
+        row, outbox = self._row, self._finisher.outbox
+        ctx.logger.error("the handler ignores that it is to stop (%s); it is left behind", ctx.fate or "timeout")
+        if outbox.worker_id != ctx.worker_id:
+            ctx.stop("lost")
+        if ctx.fate is None:
+            ctx.stop("timeout")
+            longest = _longest(self._tasks[row[TASK]], row)
+            self._raised(row, ctx, outbox, TimedOut(f"timed out after {longest:g} s"))
+        else:
+            self._raised(row, ctx, outbox, asyncio.CancelledError())
+        ctx.stop("lost")
+        self.current = None
+        self._replaced = True
+        self._feed.ended += 1
+        self._feed.leave()
+        self._finisher.wake()
+        self._on_given_up(self)
 
     def abandon(self) -> bool:
         """Give up a run that does not end: its thread is left behind. False for a coroutine, which cannot be left."""
@@ -138,6 +178,8 @@ class Runner:
                 else:
                     result = await self._call(task, payload, ctx)
             except BaseException as exc:
+                if self._replaced:
+                    return
                 self.current = None
                 self._raised(row, ctx, outbox, exc)
             else:
@@ -145,6 +187,8 @@ class Runner:
                 if result is None and ctx.fate is None and not ctx.ended:
                     outbox.done.append(row)
                     outbox.results.append(None)
+                elif self._replaced:
+                    return
                 else:
                     self._returned(row, ctx, outbox, result)
             feed.ended += 1
@@ -173,6 +217,7 @@ class Runner:
     async def _limited(self, task: Task, payload: Any, ctx: Context) -> Any:
         longest = _longest(task, self._row)
         limit = asyncio.timeout(longest)
+        enough = self._around.loop.call_later((longest or 0) + PATIENCE, self._give_up, ctx)
         try:
             async with limit:
                 return await task.handler(payload, ctx)
@@ -182,6 +227,8 @@ class Runner:
             if ctx.fate is None:
                 ctx.stop("timeout")
             raise TimedOut(f"timed out after {longest:g} s") from None
+        finally:
+            enough.cancel()
 
     async def _in_thread(self, task: Task, payload: Any, ctx: Context) -> Any:
         if self._thread is None:

@@ -193,9 +193,9 @@ def test_the_view_shows_every_setting_and_what_was_made_of_it(tx: Conn) -> None:
     shown = {row["name"]: (row["value"], row["default_value"]) for row in rows(tx, "select * from pgworker.settings")}
     assert shown.pop("allow_fake_now")[1] == "off"
     assert shown == {
-        "rescue_grace": ("5 seconds", "5 seconds"), "keep_completed": ("0", "0"), "keep_results": ("1 day", "1 day"),
-        "keep_failed": ("1 week", "30 days"), "history": ("on", "on"),
-        "publish_events": ("off", "off"),
+        "rescue_grace": ("5 seconds", "5 seconds"), "timeout_grace": ("10 seconds", "10 seconds"),
+        "keep_completed": ("0", "0"), "keep_results": ("1 day", "1 day"), "keep_failed": ("1 week", "30 days"),
+        "history": ("on", "on"), "publish_events": ("off", "off"),
     }  # fmt: skip
     assert all(values(tx, "select meaning > '' from pgworker.settings"))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tests.calling import Conn, add, call, claim_ids, refused, register, rows, seen, state, value
+from tests.clock import maintain
 from tests.connections import Connections
-from tests.protocol.test_presence import leave, maintain
+from tests.protocol.test_presence import leave
 from tests.sessions import Background
 
 

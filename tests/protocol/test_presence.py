@@ -7,23 +7,9 @@ from datetime import timedelta
 import pytest
 
 from tests.calling import PAST, Conn, add, call, claim, claim_ids, refused, register, rows, seen, state, value
-from tests.clock import move_clock
+from tests.clock import at, maintain
 from tests.connections import Connections
 from tests.waiting import until_gone
-
-START = "2030-01-01 00:00:00+00"
-
-
-def at(conn: Conn, seconds: float) -> None:
-    """Make it so many seconds after START in this session."""
-    move_clock(conn, value(conn, "select (%s::timestamptz + make_interval(secs => %s))::text", START, seconds))
-
-
-def maintain(conn: Conn, seconds: float) -> timedelta:
-    """Call ``maintain()`` as if so long after START."""
-    at(conn, seconds)
-    useful: timedelta = value(conn, "select pgworker.maintain()")
-    return useful
 
 
 def leave(db: Conn, conn: Conn) -> None:

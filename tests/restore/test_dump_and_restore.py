@@ -67,7 +67,7 @@ def _populate(conn: Conn) -> dict[str, int]:
     call(conn, "complete_jobs", [known["completed by hand"]])
     call(conn, "pause_queue", "paused")
     call(conn, "pause_task", "paused")
-    call(conn, "configure_task", "limited", max_concurrency=1, backoff='["1 minute"]', fair=True)
+    call(conn, "configure_task", "limited", max_concurrency=1, backoff='["1 minute"]', fair=True, timeout="1 hour")
     known["limited, running"], known["limited"] = (add(conn, "limited", limit_key=key)["id"] for key in "ab")
     assert claim_ids(conn, session, 5, tasks=["limited"]) == [known["limited, running"]]
     call(conn, "forbid_flag", "forbidden")

@@ -1,0 +1,144 @@
+-- 53_timeouts.sql: runs that take longer than they may
+--
+--   check_timeouts   those that a worker brings along
+--   note_deadlines   when claimed jobs must have ended
+--   time_out         takes overdue ones from workers that have not stopped them
+--
+-- A timeout is a matter of the worker, which stops its handler and reports the failure. This is for workers that do not:
+-- a hung one is as present as ever. Its deadline comes timeout_grace after the timeout, counted from the claim.
+-- There is no index by which overdue jobs could be found in table job, since claims could then not be HOT; so claims of
+-- jobs that have a timeout, and only these, write one row for each timeout among them.
+-- Locks: rows of deadline, which only maintain() takes, then job rows by id (SKIP LOCKED: who holds one may be ending it),
+-- then what 50_finishing.sql takes.
+
+create function pgworker.check_timeouts(p_timeouts jsonb) returns void
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_wrong text;
+begin
+  if jsonb_typeof(p_timeouts) <> 'object' then
+    v_wrong := left(p_timeouts::text, 200);
+  else
+    select format('%s for %s', left(t.value::text, 200), quote_literal(t.key)) into v_wrong
+    from jsonb_each(p_timeouts) as t
+    where not case when jsonb_typeof(t.value) = 'number' then t.value::numeric > 0 and t.value::numeric <= 1000000000
+                   else false end
+    order by t.key limit 1;
+  end if;
+  if v_wrong is not null then
+    raise exception using errcode = '22023',
+      message = format('timeouts must be an object of seconds, up to 1000000000, by task identifier, got %s', v_wrong),
+      hint = 'Write {"send_email": 60}; leave out tasks without a timeout.';
+  end if;
+end
+$$;
+comment on function pgworker.check_timeouts(jsonb) is 'Internal: raises 22023 for what are no timeouts of a worker.';
+
+create function pgworker.note_deadlines(p_worker_id bigint, p_timeouts jsonb, p_tids tid[], p_now timestamptz) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_grace constant interval := pgworker.interval_setting('timeout_grace');
+begin
+  insert into pgworker.deadline (look_at, ends_at, worker_id, timeout, job_ids, attempts)
+  select p_now + least(l.longest + v_grace, interval '1 minute'), p_now + l.longest + v_grace, p_worker_id, l.longest,
+         array_agg(l.id), array_agg(l.attempts)
+  from (select j.id, j.attempts,
+               coalesce((p_timeouts ->> j.task_identifier)::float8 * interval '1 second',
+                        (select t.timeout from pgworker.task t where t.identifier = j.task_identifier)) as longest
+        from pgworker.job j
+        where j.ctid = any (p_tids)) as l
+  where l.longest is not null
+  group by l.longest;
+end
+$$;
+comment on function pgworker.note_deadlines(bigint, jsonb, tid[], timestamptz) is
+  'Internal: writes down when those of these jobs, just claimed by this worker, that have a timeout must have ended.';
+
+create function pgworker.time_out(p_now timestamptz) returns boolean
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_ids      bigint[];
+  v_workers  bigint[];
+  v_attempts smallint[];
+  v_timeouts interval[];
+  v_looks    bigint;
+  v_retry    bigint[];
+  v_messages text[];
+  v_over     bigint[];
+  v_states   text[];
+  v_errors   text[];
+begin
+  with due as (
+    delete from pgworker.deadline d
+    where d.ctid = any (array(select o.ctid from pgworker.deadline o where o.look_at <= p_now
+                              order by o.look_at limit 100 for update skip locked))
+    returning d.ends_at, d.worker_id, d.timeout, d.job_ids, d.attempts
+  ), held as materialized (
+    select d.ends_at, d.worker_id, d.timeout, u.id, u.attempt
+    from due d
+    cross join lateral unnest(d.job_ids, d.attempts) as u(id, attempt)
+    where exists (select from pgworker.job j
+                  where j.id = u.id and j.locked_by = d.worker_id and j.attempts = u.attempt offset 0)
+  ), later as (
+    -- What is overdue is looked at once more, too: somebody may hold its row just now.
+    insert into pgworker.deadline (look_at, ends_at, worker_id, timeout, job_ids, attempts)
+    select case when h.ends_at > p_now then least(h.ends_at, p_now + interval '1 minute')
+                else p_now + interval '1 second' end, h.ends_at, h.worker_id, h.timeout, array_agg(h.id), array_agg(h.attempt)
+    from held h
+    group by h.ends_at, h.worker_id, h.timeout
+  )
+  select array_agg(h.id) filter (where h.ends_at <= p_now), array_agg(h.worker_id) filter (where h.ends_at <= p_now),
+         array_agg(h.attempt) filter (where h.ends_at <= p_now), array_agg(h.timeout) filter (where h.ends_at <= p_now),
+         (select count(*) from due)
+  into v_ids, v_workers, v_attempts, v_timeouts, v_looks
+  from held h;
+  if v_ids is null then
+    return v_looks = 100;
+  end if;
+
+  with overdue as materialized (
+    select l.id, u.worker_id, l.ends_as, l.cancel_reason, l.again,
+           format('timed out after %s s; worker %s did not stop it', trim_scale(extract(epoch from u.timeout)),
+                  u.worker_id || coalesce(' (' || w.name || ')', '')) as error
+    from unnest(v_ids, v_workers, v_attempts, v_timeouts) as u(id, worker_id, attempt, timeout)
+    cross join lateral (
+      select j.id, j.ends_as, j.cancel_reason, j.attempts < j.max_attempts as again
+      from pgworker.job j
+      where j.id = u.id and j.locked_by = u.worker_id and j.attempts = u.attempt
+      for update skip locked) as l
+    left join pgworker.worker w on w.id = u.worker_id
+  ), told as (
+    insert into pgworker.notice (worker_id, job_id, notice)
+    select o.worker_id, o.id, 'lost' from overdue o
+    on conflict on constraint notice_pkey do update set notice = 'lost'
+  )
+  select array_agg(o.id) filter (where o.ends_as is null and o.again),
+         array_agg(o.error) filter (where o.ends_as is null and o.again),
+         array_agg(o.id) filter (where o.ends_as is not null or not o.again),
+         array_agg(coalesce(o.ends_as, 'failed')) filter (where o.ends_as is not null or not o.again),
+         array_agg(coalesce(o.cancel_reason, o.error)) filter (where o.ends_as is not null or not o.again)
+  into v_retry, v_messages, v_over, v_states, v_errors
+  from overdue o;
+  -- What goes back first: if it is a sibling of what fails for good, it is then cancelled with the others.
+  if v_retry is not null then
+    perform pgworker.retry_later(v_retry, v_messages, null, null);
+  end if;
+  if v_over is not null then
+    perform pgworker.finish(v_over, v_states, v_errors, null);
+  end if;
+  return true;
+end
+$$;
+comment on function pgworker.time_out(timestamptz) is
+  'Internal: attempts that should have ended long since fail, and their workers are told that they have lost them. True '
+  'if something of the kind was done, or there may be more to look at.';
