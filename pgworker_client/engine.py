@@ -10,6 +10,7 @@ from typing import Any
 from pgworker_client.claiming import Claimer, prepare_claims
 from pgworker_client.connection import Link, connection_string
 from pgworker_client.context import Surroundings
+from pgworker_client.database import Database
 from pgworker_client.errors import WorkerFailed, one_line
 from pgworker_client.feed import Feed
 from pgworker_client.finishing import Finisher
@@ -46,12 +47,13 @@ class Engine:
         loop = asyncio.get_running_loop()
         name = settings.worker_name()
         self._log = log = Log(logger, {"worker": name})
-        conninfo = connection_string(settings.dsn, name=f"pgworker {name}")
         pooled = settings.pooled
+        conninfo = connection_string(settings.dsn, name=f"pgworker {name}")
+        self._database = database = Database(conninfo, log, pooled=pooled)
 
-        self._claim_link = Link("claim", conninfo, log, pooled=pooled, setup=lambda c: prepare_claims(c, pooled=pooled))
-        self._finish_link = Link("finish", conninfo, log, pooled=pooled)
-        self._connections = HandlerConnections(conninfo, settings.concurrency, pooled=pooled)
+        self._claim_link = Link("claim", database, setup=lambda c: prepare_claims(c, pooled=pooled))
+        self._finish_link = Link("finish", database)
+        self._connections = HandlerConnections(database, settings.concurrency)
         self._hooks = Hooks(hooks, state, name, log) if hooks.by_event else None
         around = Surroundings(state, log, self._finish_link, self._connections, loop, self._hooks)
         self._finisher = Finisher(self._finish_link, log, self._hooks, self._flushed)
@@ -65,7 +67,7 @@ class Engine:
         self._claimer = Claimer(settings, self._claim_link, self._feed, self._finisher, log, tasks, self._running)
         self._presence = Presence(
             settings,
-            conninfo,
+            database,
             log,
             on_worker_id=self._new_worker_id,
             on_notice=self._notice,
@@ -89,12 +91,14 @@ class Engine:
 
         ``started`` is called when the worker is connected and registered.
         """
+        looking_after = asyncio.create_task(self._database.look_after(), name="silence")
         try:
             if not await self._start():
                 return
             started()
-            await self._work(once=once)
+            await self._work(looking_after, once=once)
         finally:
+            looking_after.cancel()
             self._processes.close()
             for link in (self._presence.link, self._claim_link, self._finish_link):
                 await link.close()
@@ -125,12 +129,12 @@ class Engine:
         await self._presence.leave()
         return False
 
-    async def _work(self, *, once: bool) -> None:
+    async def _work(self, looking_after: asyncio.Task[None], *, once: bool) -> None:
         tasks = asyncio.create_task
         claiming = tasks(self._claimer.run(once=once), name="claim")
         finishing = tasks(self._finisher.run(), name="finish")
         present = tasks(self._presence.run(), name="presence")
-        parts = {claiming, finishing, present}
+        parts = {claiming, finishing, present, looking_after}
         for number, runner in enumerate(self._runners, 1):
             runner.task = tasks(runner.run(), name=f"runner {number}")
             parts.add(runner.task)

@@ -13,6 +13,7 @@ from psycopg.rows import tuple_row
 
 from pgworker_client import schema
 from pgworker_client.connection import Link
+from pgworker_client.database import Database
 from pgworker_client.errors import INCOMPATIBLE, UNKNOWN_WORKER, LinkDown, NotInstalled, one_line
 from pgworker_client.logs import Log
 from pgworker_client.settings import Settings
@@ -36,7 +37,7 @@ class Presence:
     def __init__(
         self,
         settings: Settings,
-        conninfo: str,
+        database: Database,
         log: Log,
         *,
         on_worker_id: Callable[[int], None],
@@ -49,7 +50,7 @@ class Presence:
         self._on_notice = on_notice
         self._on_wake = on_wake
         self.worker_id: int | None = None
-        self.link = Link("presence", conninfo, log, pooled=settings.pooled, setup=self._arrive)
+        self.link = Link("presence", database, setup=self._arrive)
         self._beat_every = min(_BEAT, settings.lease / 3) if settings.lease else _BEAT
         self._beat_at = 0.0
         self._maintain_at = 0.0

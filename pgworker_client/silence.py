@@ -1,0 +1,132 @@
+"""Peers that fall silent: a statement that gets no answer is not waited for unless the server is at work on it.
+
+A peer that vanished is noticed by the kernel (keepalives, TCP_USER_TIMEOUT), but not one behind a proxy or a firewall
+that goes on acknowledging what it does not pass on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from typing import Any
+
+import psycopg
+from psycopg.pq import TransactionStatus
+
+from pgworker_client.errors import one_line
+from pgworker_client.logs import Log
+
+#: Seconds between two looks at what waits. What waited at two looks for the same answer is asked about.
+TICK = 10.0
+#: Seconds that this question may take.
+_QUESTION = 10.0
+#: Behind a pooler the server's sessions cannot be told apart: the worker's own statements get so many seconds there,
+#: those of handlers, which may be meant to be long, any number.
+_POOLED = 40.0
+
+#: A session that waits for us while we wait for it is ended as well: what it has locked would stay so until the server's
+#: own TCP_USER_TIMEOUT, if that helps at all. After a failover its number may be somebody else's: hence the name.
+_AT_WORK = """
+select a.pid, case when a.state like 'idle%%' then pg_catalog.pg_terminate_backend(a.pid) end is null
+from pg_catalog.pg_stat_activity a
+where a.pid = any (%s::int[]) and a.application_name = pg_catalog.current_setting('application_name')
+"""
+
+
+class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection that counts how often it began to wait for the server."""
+
+    waits = 0
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's."""
+        self.waits += 1
+        return super().wait(*args, **kwargs)
+
+
+class WatchedAsyncConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
+    """The same for coroutines."""
+
+    waits = 0
+
+    async def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's."""
+        self.waits += 1
+        return await super().wait(*args, **kwargs)
+
+
+Watched = WatchedConnection | WatchedAsyncConnection
+
+
+class Silence:
+    """Looks at a worker's connections every `TICK` seconds, and cuts off those that wait for nothing."""
+
+    def __init__(self, conninfo: str, log: Log, *, pooled: bool) -> None:
+        self._conninfo = conninfo
+        self._log = log
+        self._pooled = pooled
+        self._watched: dict[int, Watched] = {}
+
+    def watch(self, conn: Watched) -> None:
+        """From now on, until it is closed. May be called from any thread."""
+        self._watched[id(conn)] = conn
+
+    async def run(self) -> None:
+        """Look, for ever."""
+        before: dict[int, tuple[int, float]] = {}
+        while True:
+            await asyncio.sleep(TICK)
+            now: dict[int, tuple[int, float]] = {}
+            silent: list[Watched] = []
+            for key, conn in list(self._watched.items()):
+                if conn.closed:
+                    del self._watched[key]
+                elif _waiting(conn):
+                    waits, since = before.get(key, (-1, 0.0))
+                    if waits == conn.waits:
+                        silent.append(conn)
+                    else:
+                        since = time.monotonic()
+                    now[key] = (conn.waits, since)
+            before = now
+            if silent and self._pooled:
+                late = time.monotonic() - _POOLED
+                self._cut([conn for conn in silent if now[id(conn)][1] <= late], now)
+            elif silent:
+                at_work = await self._at_work([conn.info.backend_pid for conn in silent])
+                self._cut([conn for conn in silent if conn.info.backend_pid not in at_work], now)
+
+    async def _at_work(self, pids: list[int]) -> set[int]:
+        """Those of these server processes that are at work on something, asked on a connection of its own."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True) as conn:
+                enough = loop.call_later(_QUESTION, cut, conn)
+                try:
+                    cur = await conn.execute(_AT_WORK, (pids,), prepare=False)
+                    return {pid for pid, at_work in await cur.fetchall() if at_work}
+                finally:
+                    enough.cancel()
+        except (psycopg.Error, OSError) as exc:
+            self._log.debug("cannot ask the server what it is doing: %s", one_line(exc))
+            return set()
+
+    def _cut(self, conns: list[Watched], seen: dict[int, tuple[int, float]]) -> None:
+        for conn in conns:
+            if not conn.closed and _waiting(conn) and conn.waits == seen[id(conn)][0]:  # still
+                self._log.info("a statement got no answer, and the server is not at work on it: connection cut off")
+                cut(conn)
+
+
+def _waiting(conn: Watched) -> bool:
+    return conn.pgconn.transaction_status == TransactionStatus.ACTIVE
+
+
+def cut(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
+    """Make whoever waits on this connection get an error at once."""
+    if conn.closed:
+        return
+    with socket.socket(fileno=os.dup(conn.fileno())) as its:
+        its.shutdown(socket.SHUT_RDWR)
