@@ -30,8 +30,8 @@ _LOOK_AGAIN = (0.003, 0.1)
 #: Jobs that have waited here for so many seconds go back, for workers that have time for them.
 _STALE = 1.0
 #: After a claim whose answer was lost: seconds to the next look for jobs that we hold without knowing it, from when the
-#: database answers again. More than one, because the old session may go on, and commit, for a while after we have noticed
-#: that its connection is broken.
+#: database answers again. More than one, because the old session may go on, and commit, for a while after we have
+#: noticed that its connection is broken.
 _RECONCILE_AFTER = (0.0, 5.0, 30.0)
 
 

@@ -160,10 +160,7 @@ class Link:
     async def _open(self) -> psycopg.AsyncConnection[Any]:
         conn = await self._database.connect()
         try:
-            cur = await conn.execute("select pg_catalog.pg_is_in_recovery()", prepare=False)
-            if await cur.fetchone() == (True,):
-                # Presence shown to a standby is seen by nobody, and what is read there may be old.
-                raise LinkDown("the server is a standby, which cannot be written to", unknown=False)
+            await _refuse_standby(conn)
             if self._setup is not None:
                 await self._setup(conn)
         except BaseException as exc:
@@ -184,3 +181,10 @@ class Link:
     def _note(self, what: str, exc: Exception) -> None:
         self._failures += 1
         self._database.trouble(self.part, what, exc, worked=self._worked)
+
+
+async def _refuse_standby(conn: psycopg.AsyncConnection[Any]) -> None:
+    """LinkDown for a standby: presence shown to it is seen by nobody, and what is read there may be old."""
+    cur = await conn.execute("select pg_catalog.pg_is_in_recovery()", prepare=False)
+    if await cur.fetchone() == (True,):
+        raise LinkDown("the server is a standby, which cannot be written to", unknown=False)

@@ -41,7 +41,10 @@ class Database:
         self._silence = Silence(conninfo, log, pooled=pooled)
 
     async def connect(self, *, watched: bool = True) -> psycopg.AsyncConnection[tuple[Any, ...]]:
-        """A new connection, in autocommit; ``watched``: also behind a pooler, where long statements look like silence."""
+        """A new connection, in autocommit.
+
+        ``watched``: also behind a pooler, where a long statement cannot be told from silence.
+        """
         conn = await WatchedAsyncConnection.connect(self._conninfo, autocommit=True)
         if self.pooled:
             conn.prepare_threshold = None

@@ -26,8 +26,8 @@ _QUESTION = 10.0
 #: those of handlers, which may be meant to be long, any number.
 _POOLED = 40.0
 
-#: A session that waits for us while we wait for it is ended as well: what it has locked would stay so until the server's
-#: own TCP_USER_TIMEOUT, if that helps at all. After a failover its number may be somebody else's: hence the name.
+#: A session that waits for us while we wait for it is ended as well, or what it has locked would stay so. After a
+#: failover its number may be somebody else's: hence the name.
 _AT_WORK = """
 select a.pid, case when a.state like 'idle%%' then pg_catalog.pg_terminate_backend(a.pid) end is null
 from pg_catalog.pg_stat_activity a
