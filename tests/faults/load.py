@@ -1,7 +1,7 @@
 """The jobs that run while harm is done: numbered, so that what ran how often can be counted in tables.
 
-Single jobs, a tenth of which complete in the transaction of their effect, jobs in serial queues, jobs that fail the first
-time, and trees, whose parents fail for good if they run before their children are done.
+Single jobs, a tenth of which complete in the transaction of their effect, jobs in serial queues, jobs that fail the
+first time, and trees, whose parents fail for good if they run before their children are done.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def switched(_ground: Ground, trial: Trial) -> None:
     with (
         Standby(primary) as standby,
         Proxy(primary) as proxy,
-        trial.fleet(proxy.dsn(trial.dbname, "worker"), 2) as fleet,
+        trial.fleet(proxy.dsn(trial.dbname, "worker"), 2, "-v") as fleet,
     ):
         trial.underway()
         standby.catch_up()
@@ -56,7 +56,7 @@ def on_a_standby(_ground: Ground, trial: Trial) -> None:
     with (
         Standby(primary) as standby,
         Proxy(primary) as proxy,
-        trial.fleet(proxy.dsn(trial.dbname, "worker"), 2) as fleet,
+        trial.fleet(proxy.dsn(trial.dbname, "worker"), 2, "-v") as fleet,
     ):
         trial.underway()
         with trial.fault():
