@@ -26,19 +26,24 @@ _QUESTION = 10.0
 #: those of handlers, which may be meant to be long, any number.
 _POOLED = 40.0
 
-#: A session that waits for us while we wait for it is ended as well, or what it has locked would stay so. After a
-#: failover its number may be somebody else's: hence the name.
+#: Which sessions are at work, of those that we wait for. One that waits for us is ended, and so is one whose connection
+#: we have lost, if the server has not noticed: what it has locked would stay so. After a failover its number may be
+#: somebody else's: hence the name.
 _AT_WORK = """
-select a.pid, case when a.state like 'idle%%' then pg_catalog.pg_terminate_backend(a.pid) end is null
-from pg_catalog.pg_stat_activity a
-where a.pid = any (%s::int[]) and a.application_name = pg_catalog.current_setting('application_name')
+with ours as materialized (
+  select a.pid, a.pid = any (%(lost)s::int[]) or a.state like 'idle%%' as useless
+  from pg_catalog.pg_stat_activity a
+  where a.pid = any (%(all)s::int[]) and a.application_name = pg_catalog.current_setting('application_name')
+)
+select o.pid from ours o where not case when o.useless then pg_catalog.pg_terminate_backend(o.pid) else false end
 """
 
 
 class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
-    """A connection that counts how often it began to wait for the server."""
+    """A connection that counts how often it began to wait for the server, and remembers its session when it is lost."""
 
     waits = 0
+    pid = 0
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's."""
@@ -50,6 +55,7 @@ class WatchedAsyncConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     """The same for coroutines."""
 
     waits = 0
+    pid = 0
 
     async def wait(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's."""
@@ -68,9 +74,11 @@ class Silence:
         self._log = log
         self._pooled = pooled
         self._watched: dict[int, Watched] = {}
+        self._lost: set[int] = set()
 
     def watch(self, conn: Watched) -> None:
         """From now on, until it is closed. May be called from any thread."""
+        conn.pid = conn.info.backend_pid
         self._watched[id(conn)] = conn
 
     async def run(self) -> None:
@@ -83,6 +91,8 @@ class Silence:
             for key, conn in list(self._watched.items()):
                 if conn.closed:
                     del self._watched[key]
+                    if conn.broken and not self._pooled:
+                        self._lost.add(conn.pid)
                 elif _waiting(conn):
                     waits, since = before.get(key, (-1, 0.0))
                     if waits == conn.waits:
@@ -91,27 +101,30 @@ class Silence:
                         since = time.monotonic()
                     now[key] = (conn.waits, since)
             before = now
-            if silent and self._pooled:
+            if self._pooled:
                 late = time.monotonic() - _POOLED
                 self._cut([conn for conn in silent if now[id(conn)][1] <= late], now)
-            elif silent:
-                at_work = await self._at_work([conn.info.backend_pid for conn in silent])
-                self._cut([conn for conn in silent if conn.info.backend_pid not in at_work], now)
+            elif silent or self._lost:
+                at_work = await self._at_work([conn.pid for conn in silent])
+                self._cut([conn for conn in silent if conn.pid not in at_work], now)
 
     async def _at_work(self, pids: list[int]) -> set[int]:
-        """Those of these server processes that are at work on something, asked on a connection of its own."""
+        """Those of these sessions that are at work on something, asked on a connection of its own."""
         loop = asyncio.get_running_loop()
+        lost = self._lost - {conn.pid for conn in list(self._watched.values())}
         try:
             async with await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True) as conn:
                 enough = loop.call_later(_QUESTION, cut, conn)
                 try:
-                    cur = await conn.execute(_AT_WORK, (pids,), prepare=False)
-                    return {pid for pid, at_work in await cur.fetchall() if at_work}
+                    cur = await conn.execute(_AT_WORK, {"all": [*pids, *lost], "lost": [*lost]}, prepare=False)
+                    found = {pid for (pid,) in await cur.fetchall()}
                 finally:
                     enough.cancel()
         except (psycopg.Error, OSError) as exc:
             self._log.debug("cannot ask the server what it is doing: %s", one_line(exc))
             return set()
+        self._lost.clear()
+        return found
 
     def _cut(self, conns: list[Watched], seen: dict[int, tuple[int, float]]) -> None:
         for conn in conns:

@@ -108,5 +108,5 @@ def test_a_statement_that_the_server_is_at_work_on_is_waited_for(dsn: str, db: D
 
 def _questions(db: Db) -> list[int]:
     """The sessions in which somebody asks, at this moment, what others are at work on."""
-    found = db.execute("select pid from pg_stat_activity where query ~ 'a.state like' and pid <> pg_backend_pid()")
+    found = db.execute("select pid from pg_stat_activity where query ~ 'with ours as' and pid <> pg_backend_pid()")
     return [pid for (pid,) in found]

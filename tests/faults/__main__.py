@@ -21,7 +21,9 @@ JOBS = 5_000
 def main(arguments: list[str] | None = None) -> int:
     """Try faults until the time is over, each once at least; return 1 if any job was lost or ran twice unexplained."""
     parser = argparse.ArgumentParser(prog="./run soak", description="Do harm of every kind to workers and servers.")
-    parser.add_argument("--minutes", type=float, default=30, metavar="N", help="for how long (30); all faults, at least")
+    parser.add_argument(
+        "--minutes", type=float, default=30, metavar="N", help="for how long (30); all faults, at least"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="what is done at random is done as it was with this seed")
     parser.add_argument("--jobs", type=int, default=JOBS, metavar="N", help=f"jobs of each trial ({JOBS})")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="faults whose names contain one of these")

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.waiting import until
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -89,9 +91,14 @@ class Fleet:
                 assert "worker started" not in process.said(), f"a worker ended with {status}:\n{process.said()}"
                 self._processes[index] = self._start()
 
+    def started(self) -> bool:
+        """Return whether all work; see `check` for those that have ended."""
+        self.check()
+        return all(b"worker started" in process.log.read_bytes() for process in self._processes)
+
     def stop(self, timeout: float = 30) -> None:
         """Ask all to stop, and fail unless they do so, in good order."""
-        self.check()
+        until(self.started, "those that were started last work", timeout=60)
         for process in self._processes:
             process.popen.send_signal(signal.SIGTERM)
         for process in self._processes:

@@ -121,7 +121,7 @@ class Trial:
         with Fleet(dsn, self._directory, size, "-j", "8", *arguments, environment=environment) as fleet:
             self._fleets.append(fleet)
             try:
-                until(lambda: fleet.all_say("worker started"), "the workers start", timeout=60)
+                until(fleet.started, "the workers start", timeout=60)
                 yield fleet
             except AssertionError as error:
                 raise AssertionError(f"{error}\nthe workers said:\n{fleet.said()}") from error
