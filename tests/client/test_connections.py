@@ -27,6 +27,13 @@ Start = Callable[[Worker], Background]
 PARTS = {"claim": "get_jobs|next_run_at", "finish": "finish_jobs", "presence": "heartbeat|maintain|listen"}
 
 
+#: A session of a worker that was refused a claim because it may only read.
+_REFUSED = """
+select pid from pg_stat_activity
+where application_name like 'pgworker %%' and datname = current_database() and query ~ 'get_jobs' and pid <> all (%s)
+"""
+
+
 def pid_of(db: Db, part: str) -> int:
     """The backend of that connection of the only worker."""
     row = until_row(
@@ -215,6 +222,48 @@ def test_a_kept_handler_connection_that_died_meanwhile_is_replaced(
         add_job(db, "t")
         until(lambda: len(pids) == 2, "the second job")
     assert pids[0] != pids[1]
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_a_handlers_work_is_not_repeated_because_its_connection_died_after_the_commit(
+    dsn: str, db: Db, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgworker_client.handler_connections._FORGET", "select pg_terminate_backend(pg_backend_pid())")
+    db.execute("create table work (attempt int)")
+
+    async def awaited(_payload: Any, ctx: Context) -> None:
+        async with ctx.connection() as conn:
+            await conn.execute("insert into work values (%s)", (ctx.job.attempts,))
+
+    def blocking(_payload: Any, ctx: BlockingContext) -> None:
+        with ctx.connection() as conn:
+            conn.execute("insert into work values (%s)", (ctx.job.attempts,))
+
+    add_jobs(db, [{"identifier": "t"}] * 2)
+    Worker(dsn, tasks={"t": awaited if kind == "async" else blocking}).run_once()
+    assert db.execute("select attempt from work").fetchall() == [(1,), (1,)]
+    assert db.execute("select count(*) from pgworker.job").fetchone() == (0,)
+
+
+def test_a_server_that_is_read_only_is_connected_to_anew_until_one_is_not(
+    dsn: str, db: Db, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, seen = echoing(dsn, poll_interval=0.05)
+    database_name = db.info.dbname
+    with running(worker):
+        add_job(db, "t", 1)
+        until(lambda: seen == [1], "the first job")
+        db.execute(f"alter database {database_name} set default_transaction_read_only = on")
+        first = pid_of(db, "claim")
+        kill(db, first)
+        # Another connection each time: behind a list of hosts, or a name, the next may be to another server.
+        second = until_row(db, _REFUSED, [first])[0]
+        until_row(db, _REFUSED, [first, second])
+        db.execute(f"alter database {database_name} reset default_transaction_read_only")
+        add_job(db, "t", 2)
+        until(lambda: seen == [1, 2], "the job after the failover")
+        until(lambda: "the database works again" in caplog.text, "the good news")
+    assert [record.levelname for record in caplog.records if "connection" in record.message] == ["WARNING"]
 
 
 def test_a_backend_terminated_while_the_worker_starts_is_a_lost_connection_like_any_other(

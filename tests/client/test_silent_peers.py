@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
-from pgworker_client import BlockingContext, Context, Worker, add_job
+from pgworker_client import BlockingContext, Context, Worker, add_job, add_jobs, schema
 from pgworker_client.embedded import EmbeddedServer
 from tests.client.background import running
 from tests.faults.proxy import Proxy
@@ -34,7 +36,7 @@ def test_a_worker_whose_connections_fall_silent_makes_new_ones_and_says_so_once(
         seen.append(payload)
 
     with Proxy(server) as proxy:
-        dsn = proxy.dsn(db.info.dbname, server.user)
+        dsn = make_conninfo(proxy.dsn(db.info.dbname, server.user), connect_timeout=2)
         with running(Worker(dsn, tasks={"t": handler}, poll_interval=0.05, lease=lease)):
             add_job(db, "t", 1)
             until(lambda: seen == [1], "the first job")
@@ -104,6 +106,31 @@ def test_a_statement_that_the_server_is_at_work_on_is_waited_for(dsn: str, db: D
         until(lambda: asked.update(_questions(db)) or len(asked) > 2, "three questions")
         db.execute("select pg_advisory_unlock(42)")
         until_row(db, "select 1 from pgworker.jobs where id = %s and state = 'completed' and result = '1'", job.id)
+
+
+def test_the_server_is_told_to_notice_soon_that_a_workers_host_is_gone(server: EmbeddedServer) -> None:
+    seen: list[Any] = []
+
+    async def handler(_payload: Any, ctx: Context) -> None:
+        async with ctx.connection() as conn:
+            names = ("tcp_keepalives_idle", "tcp_keepalives_count", "tcp_user_timeout")
+            cur = await conn.execute(
+                "select pg_backend_pid(), array(select current_setting(unnest(%s)))", [list(names)]
+            )
+            seen.append(await cur.fetchone())
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The settings have a meaning on TCP only, and are not shown elsewhere.
+    own = EmbeddedServer(server.installation, settings={"listen_addresses": "127.0.0.1", "port": str(port)})
+    own.port = port
+    with own, psycopg.connect(own.dsn(), autocommit=True) as conn:
+        schema.install(conn)
+        dsn = make_conninfo(host="127.0.0.1", port=port, user=own.user, dbname="postgres")
+        add_jobs(conn, [{"identifier": "t"}] * 2)
+        Worker(dsn, tasks={"t": handler}, concurrency=1).run_once()
+    assert seen == [(seen[0][0], ["10", "3", "20000"])] * 2  # on one connection, which was cleaned between
 
 
 def _questions(db: Db) -> list[int]:

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 
@@ -163,12 +162,13 @@ def full_disk(_ground: Ground, trial: Trial) -> None:
         with trial.fault():
             where = trial.value("select pg_tablespace_location(oid) from pg_tablespace where spcname = 'small'")
             filler = Path(where).parent / "filler"
+            log = trial.server.log
+            known = log.stat().st_size
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while True:
                     file.write(b"\0" * 65536)
             try:
-                log: Any = trial.server.log
-                until(lambda: "No space left on device" in log.read_text(errors="replace"), "the disk is full")
+                until(lambda: b"No space left on device" in log.read_bytes()[known:], "the disk is full")
             finally:
                 filler.unlink()
         trial.finish()
