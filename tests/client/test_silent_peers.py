@@ -115,7 +115,7 @@ def test_the_server_is_told_to_notice_soon_that_a_workers_host_is_gone(server: E
         async with ctx.connection() as conn:
             names = ("tcp_keepalives_idle", "tcp_keepalives_count", "tcp_user_timeout")
             cur = await conn.execute(
-                "select pg_backend_pid(), array(select current_setting(unnest(%s)))", [list(names)]
+                "select pg_backend_pid(), array(select current_setting(unnest(%s::text[])))", [list(names)]
             )
             seen.append(await cur.fetchone())
 

@@ -37,14 +37,17 @@ def test_a_worker_that_is_started_on_a_standby_waits_until_it_is_promoted(
     async def handler(payload: Any, _ctx: Context) -> None:
         seen.append(payload)
 
-    with ground.database() as dbname, Standby(ground.server) as standby:
-        with running(Worker(standby.dsn(dbname), tasks={"t": handler})):
-            until(lambda: "the server is a standby, which cannot be written to; trying again" in caplog.text, "a word")
-            standby.promote()
-            with psycopg.connect(standby.dsn(dbname), autocommit=True) as conn:
-                add_job(conn, "t", 1)
-            until(lambda: seen == [1], "the job")
-            until(lambda: "the database works again" in caplog.text, "the good news")
+    with (
+        ground.database() as dbname,
+        Standby(ground.server) as standby,
+        running(Worker(standby.dsn(dbname), tasks={"t": handler})),
+    ):
+        until(lambda: "the server is a standby, which cannot be written to; trying again" in caplog.text, "a word")
+        standby.promote()
+        with psycopg.connect(standby.dsn(dbname), autocommit=True) as conn:
+            add_job(conn, "t", 1)
+        until(lambda: seen == [1], "the job")
+        until(lambda: "the database works again" in caplog.text, "the good news")
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 2
 
 
