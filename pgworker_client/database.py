@@ -15,11 +15,14 @@ from pgworker_client.silence import Silence, WatchedAsyncConnection, WatchedConn
 #: What a connection is that was there and is no more.
 LOST = "lost"
 #: For each session: the server notices within half a minute, too, that a worker's host is gone. Till then the worker is
-#: present, and what it has locked stays locked; by the kernel's defaults for two hours.
-NOTICE = (
-    "set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3; "
-    "set tcp_user_timeout = 20000"
-)
+#: present, and what it has locked stays locked; by the kernel's defaults for two hours. Returns the session's number,
+#: because what libpq knows may be a pooler's invention.
+NOTICE = """
+select pg_catalog.pg_backend_pid(), pg_catalog.set_config('tcp_keepalives_idle', '10', false),
+       pg_catalog.set_config('tcp_keepalives_interval', '5', false),
+       pg_catalog.set_config('tcp_keepalives_count', '3', false),
+       pg_catalog.set_config('tcp_user_timeout', '20000', false)
+"""
 
 
 class Database:
@@ -46,16 +49,17 @@ class Database:
         ``watched``: also behind a pooler, where a long statement cannot be told from silence.
         """
         conn = await WatchedAsyncConnection.connect(self._conninfo, autocommit=True)
-        if self.pooled:
-            conn.prepare_threshold = None
         if watched or not self.pooled:
             self._silence.watch(conn)
-        if not self.pooled:
-            try:
-                await conn.execute(NOTICE)
-            except BaseException:
-                await conn.close()
-                raise
+        if self.pooled:
+            conn.prepare_threshold = None
+            return conn
+        try:
+            row = await (await conn.execute(NOTICE, prepare=False)).fetchone()
+        except BaseException:
+            await conn.close()
+            raise
+        conn.pid = row[0] if row else 0
         return conn
 
     def connect_blocking(self) -> psycopg.Connection[tuple[Any, ...]]:
@@ -63,13 +67,14 @@ class Database:
         conn = WatchedConnection.connect(self._conninfo, autocommit=True)
         if self.pooled:
             conn.prepare_threshold = None
-        else:
-            self._silence.watch(conn)
-            try:
-                conn.execute(NOTICE)
-            except BaseException:
-                conn.close()
-                raise
+            return conn
+        self._silence.watch(conn)
+        try:
+            row = conn.execute(NOTICE, prepare=False).fetchone()
+        except BaseException:
+            conn.close()
+            raise
+        conn.pid = row[0] if row else 0
         return conn
 
     async def look_after(self) -> None:

@@ -43,6 +43,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
     """A connection that counts how often it began to wait for the server, and remembers its session when it is lost."""
 
     waits = 0
+    #: The server's number of the session; 0 as long as it is not known.
     pid = 0
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +79,6 @@ class Silence:
 
     def watch(self, conn: Watched) -> None:
         """From now on, until it is closed. May be called from any thread."""
-        conn.pid = conn.info.backend_pid
         self._watched[id(conn)] = conn
 
     async def run(self) -> None:

@@ -17,7 +17,8 @@ _CALLS = """
 select coalesce(sum(calls), 0)::int from pg_stat_user_functions where schemaname = 'pgworker' and funcname = %s
 """
 _WRITTEN = """
-select sum(n_tup_ins + n_tup_upd + n_tup_del)::int from pg_stat_all_tables where schemaname in ('pgworker', 'pg_catalog')
+select sum(n_tup_ins + n_tup_upd + n_tup_del)::int from pg_stat_all_tables
+where schemaname in ('pgworker', 'pg_catalog')
 """
 
 
