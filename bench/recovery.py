@@ -18,7 +18,7 @@ _WORKERS = "select count(*) from pgworker.worker"
 
 
 def recovery(bench: Bench) -> None:
-    """Have jobs held by a worker that is killed and by one that is unregistered; have the server crash under a third."""
+    """Have jobs held by a worker that is killed, by one that is unregistered; have the server crash under a third."""
     for _ in range(bench.runs):
         for row, measure in (
             ("recovery_killed", _killed),

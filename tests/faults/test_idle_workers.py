@@ -38,9 +38,8 @@ def test_an_idle_worker_writes_no_row(dsn: str, db: Db) -> None:
 
 def test_presence_in_session_mode_takes_no_transaction_id(db: Db) -> None:
     worker = register(db)
-    for call in ("heartbeat(%s)", "maintain()", "next_run_at(%s)"):
+    for call in (f"heartbeat({worker})", "maintain()", "next_run_at('{t}')"):
         for _ in range(60):
             with db.transaction():
-                parameter = {"heartbeat(%s)": [worker], "next_run_at(%s)": [["t"]]}.get(call, [])
-                db.execute(f"select pgworker.{call}".encode(), parameter)
+                db.execute(f"select pgworker.{call}".encode())
                 assert value(db, "select pg_current_xact_id_if_assigned()") is None, call

@@ -14,16 +14,12 @@ _OFF = float(os.environ.get("TRIAL_CLOCK_OFF", "0"))
 _TICK = os.environ.get("TRIAL_SILENCE_TICK")
 
 if _OFF:
-    _time, _datetime = time.time, datetime.datetime
+    _time = time.time
 
-    class _Shifted(_datetime):
+    class _Shifted(datetime.datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
-            return _datetime.now(tz) + datetime.timedelta(seconds=_OFF)
-
-        @classmethod
-        def utcnow(cls) -> Any:
-            return _datetime.now(datetime.UTC).replace(tzinfo=None) + datetime.timedelta(seconds=_OFF)
+            return super().now(tz) + datetime.timedelta(seconds=_OFF)
 
     time.time = lambda: _time() + _OFF
     time.time_ns = lambda: int((_time() + _OFF) * 1e9)
