@@ -4,6 +4,7 @@
 --   postpone           what somebody's lock kept us from doing is left to maintain()
 --   announce           others may be claimed now
 --   count_down         counters, exactly
+--   lock_free          jobs that nobody else holds
 --   release            parents whose children are done
 --   open_gates         whole phases: a job that waited for its siblings, and everything below it
 --   ask_to_stop        what runs cannot be ended here
@@ -100,6 +101,34 @@ comment on function pgworker.count_down(boolean, bigint[], smallint[], bigint[],
   'Internal: takes what has ended off the counters of these jobs (p_counts: how many by each entry, null: one), and '
   'returns those that wait for nothing any more. p_held: jobs whose total is to be locked as well.';
 
+-- SKIP LOCKED is not quite what it says. When whoever changed a row commits between our look at it and our attempt to lock
+-- it, PostgreSQL goes on to the new version, and waits if somebody else has locked that one meanwhile. Who settles holds
+-- counters by then, and must never wait for a job's row: a deadlock would follow. So the wait is cut short and everything
+-- is looked at anew; then the row is passed over.
+create function pgworker.lock_free(p_ids bigint[]) returns bigint[]
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+set lock_timeout = '5ms'
+as $$
+declare
+  v_ids bigint[];
+begin
+  loop
+    begin
+      v_ids := array(select j.id from pgworker.job j where j.id = any (p_ids) order by j.id for update skip locked);
+      exit;
+    exception when lock_not_available then
+    end;
+  end loop;
+  return v_ids;
+end
+$$;
+comment on function pgworker.lock_free(bigint[]) is
+  'Internal: locks those of these jobs that nobody else has locked, and returns them; never waits.';
+
 create function pgworker.release(p_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -110,15 +139,14 @@ as $$
 declare
   v_locked bigint[];
 begin
-  v_locked := array(select j.id from pgworker.job j where j.id = any (p_ids) and j.waiting
-                    order by j.id for update skip locked);
+  v_locked := pgworker.lock_free(array(select j.id from pgworker.job j where j.id = any (p_ids) and j.waiting));
   perform pgworker.postpone(array(select j.id from pgworker.job j
                                   where j.id = any (p_ids) and j.waiting
                                     and j.id not in (select u.id from unnest(v_locked) as u(id))), 'release');
   -- Behind a closed gate it goes on waiting: opening that looks at its children. Children may have come since this was
   -- left to be done later. And one that is to fail does not start.
   update pgworker.job j set waiting = false
-  where j.id = any (v_locked) and j.gate_id is null
+  where j.id = any (v_locked) and j.waiting and j.gate_id is null
     and not exists (select from pgworker.counter c
                     where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0 offset 0)
     and not exists (select from pgworker.unsettled u where u.job_id = j.id and u.what = 'fail' offset 0);
@@ -144,7 +172,7 @@ declare
   v_freed bigint[];
 begin
   while cardinality(v_gates) > 0 loop
-    v_open := array(select j.id from pgworker.job j where j.id = any (v_gates) order by j.id for update skip locked);
+    v_open := pgworker.lock_free(v_gates);
     perform pgworker.postpone(array(select j.id from pgworker.job j
                                     where j.id = any (v_gates)
                                       and j.id not in (select u.id from unnest(v_open) as u(id))), 'open');
@@ -154,7 +182,7 @@ begin
                       and not exists (select from pgworker.counter c      -- one before it may run again since
                                       where c.job_id = j.id and c.after and c.slot = 0 and c.pending > 0 offset 0));
     delete from pgworker.counter c where c.job_id = any (v_open) and c.after;
-    v_rows := array(select j.id from pgworker.job j where j.gate_id = any (v_open) order by j.id for update skip locked);
+    v_rows := pgworker.lock_free(array(select j.id from pgworker.job j where j.gate_id = any (v_open)));
     if (select count(*) from pgworker.job j where j.gate_id = any (v_open)) > cardinality(v_rows) then
       perform pgworker.postpone(v_open, 'open');
     end if;
@@ -169,7 +197,7 @@ begin
       from unnest(v_rows) as r(id)
       left join lateral (select c.pending from pgworker.counter c
                          where c.job_id = r.id and c.after and c.slot = 0 offset 0) as o on true
-      where j.id = any (array[r.id])
+      where j.id = any (array[r.id]) and j.gate_id = any (v_open)
       returning j.id, j.waiting, o.pending
     )
     select array_agg(o.id) filter (where not o.waiting), array_agg(o.id) filter (where o.pending = 0)
@@ -328,6 +356,7 @@ declare
   v_ids     bigint[];
   v_of      bigint[];                              -- below which of p_ids, by its place there
   v_parents bigint[];
+  v_held    bigint[];
   v_pending bigint[];
   v_running bigint[];                              -- and are held by us
   v_can     bigint[];
@@ -340,16 +369,12 @@ begin
     return array[]::bigint[];
   end if;
 
-  with held as materialized (
-    select l.id, l.runs, l.asked, u.n
-    from unnest(v_ids, v_of) as u(id, n)
-    cross join lateral (select j.id, j.locked_by is not null as runs, j.ends_as is not null as asked
-                        from pgworker.job j where j.id = u.id for update skip locked) as l
-  )
-  select coalesce(array_agg(h.id) filter (where not h.runs), '{}'), coalesce(array_agg(h.id) filter (where h.runs), '{}'),
-         coalesce(array_agg(h.id) filter (where h.runs and not h.asked), '{}')
+  v_held := pgworker.lock_free(v_ids);
+  select coalesce(array_agg(j.id) filter (where j.locked_by is null), '{}'),
+         coalesce(array_agg(j.id) filter (where j.locked_by is not null), '{}'),
+         coalesce(array_agg(j.id) filter (where j.locked_by is not null and j.ends_as is null), '{}')
   into v_pending, v_running, v_told
-  from held h;
+  from pgworker.job j where j.id = any (v_held);
   v_can := pgworker.endable(v_pending, v_running, p_ids);
   if cardinality(v_can) + cardinality(v_running) < cardinality(v_ids) then
     -- Later, from the parents of what is left on: whatever is between may not be there any more by then.
@@ -414,8 +439,10 @@ begin
                     and not exists (select from pgworker.job j where j.id = u.id offset 0));
   delete from pgworker.dependency d where d.after_id = any (v_gone);
   delete from pgworker.dependency d where d.job_id = any (v_gone);
-  perform pgworker.drop_compensations(array(select g.id from unnest(v_gone) as g(id)
-                                            where (g.id in (select r.id from unnest(p_roots) as r(id))) is true));
+  -- Of whole trees: also when the root went before, while somebody was adding children with compensations below it.
+  perform pgworker.drop_compensations(array(select distinct r.id from unnest(p_roots) as r(id)
+                                            where not exists (select from pgworker.finished f where f.id = r.id offset 0)
+                                              and not exists (select from pgworker.job j where j.id = r.id offset 0)));
   perform pgworker.postpone(array_agg(f.parent_id), 'stop', array_agg(f.root_id),
                             array_agg(format('job %s was removed', f.parent_id)), array_agg(f.parent_id))
   from pgworker.finished f

@@ -27,7 +27,7 @@
 -- those of after, likewise. Waiting is done for these only, always in this order, so no two sessions can wait for each
 -- other. What follows downwards waits for nothing: a session that fails a parent holds the counter further up by then, and
 -- jobs below whose end would touch a counter that somebody else holds are left for later (endable()). Rows of other jobs
--- (parents to be released or failed, phases, what is to be stopped below) are locked with SKIP LOCKED: somebody may hold
+-- (parents to be released or failed, phases, what is to be stopped below) are locked by lock_free(): somebody may hold
 -- them for long (a producer that replaces a waiting job by its key, in an open transaction), or wait for us. What is
 -- skipped is written down in unsettled, and maintain(), which runs every second, does it.
 
@@ -65,7 +65,7 @@ begin
         from unnest(p_children) as e
         order by e.parent_id, e.id) as c;
 
-  v_held := array(select j.id from pgworker.job j where j.id = any (v_ids) order by j.id for update skip locked);
+  v_held := pgworker.lock_free(v_ids);
   perform pgworker.postpone(array_agg(j.id), 'fail', null, array_agg(u.error), array_agg(u.cause_id))
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
   join pgworker.job j on j.id = u.id
@@ -107,8 +107,8 @@ as $$
 declare
   v_held bigint[];
 begin
-  v_held := array(select j.id from pgworker.job j where j.id = any (p_ids) and j.locked_by is null
-                  order by j.id for update skip locked);
+  v_held := pgworker.lock_free(array(select j.id from pgworker.job j where j.id = any (p_ids) and j.locked_by is null));
+  v_held := array(select j.id from pgworker.job j where j.id = any (v_held) and j.locked_by is null);
   perform pgworker.postpone(array_agg(u.id), 'cancel', null, array_agg(u.error), array_agg(u.cause_id))
   from unnest(p_ids, p_errors, p_causes) as u(id, error, cause_id)
   where u.id not in (select h.id from unnest(v_held) as h(id))

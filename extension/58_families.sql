@@ -276,6 +276,7 @@ begin
     from pgworker.compensation c
     where not exists (select from known r where r.id = c.root_id)
       and not exists (select from pgworker.unsettled u where u.job_id = c.root_id and u.what = 'forget')
+      and not exists (select from live l where l.root_id = c.root_id)  -- goes with the last of these
     union all
     select c.node_id, 'has completed in a tree that has failed, and is not going to be compensated'
     from pgworker.compensation c

@@ -135,7 +135,9 @@ begin
   delete from pgworker.notice n
   using pgworker.job j
   where n.job_id = j.id and n.notice = 'cancel' and j.id = any (v_spared) and j.locked_by = n.worker_id;
-  update pgworker.job j set ends_as = null, cancel_reason = null, cause_id = null where j.id = any (v_spared);
+  -- Not a parent that is live again only since lock_below() looked: it is somebody else's, and was not asked to stop.
+  update pgworker.job j set ends_as = null, cancel_reason = null, cause_id = null
+  where j.id = any (v_below) and j.ends_as is not null and j.cause_id = any (p_ids);
 
   -- They are counted again: by live parents that have counters (others have ended, or never waited for anybody), ...
   with hit as materialized (

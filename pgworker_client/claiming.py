@@ -24,6 +24,10 @@ _NEXT = "select extract(epoch from pgworker.next_run_at(%s::text[]) - clock_time
 _HELD = "select job_id, attempts from pgworker.held_jobs(%s)"
 _FORGET = "select set_config('pgworker.cursor', '', false)"
 
+_CHANNEL = "pgworker"
+#: What a new connection says to itself, to see that it is told.
+_TEST = "pgworker_test"
+
 #: After a claim that found nothing the database is asked again so many seconds later: a producer that looked just
 #: before us whether anybody sleeps, and committed just after, told nobody. Then the poll interval takes over.
 _LOOK_AGAIN = (0.003, 0.1)
@@ -33,14 +37,6 @@ _STALE = 1.0
 #: database answers again. More than one, because the old session may go on, and commit, for a while after we have
 #: noticed that its connection is broken.
 _RECONCILE_AFTER = (0.0, 5.0, 30.0)
-
-
-async def prepare_claims(conn: psycopg.AsyncConnection[Any], *, pooled: bool) -> None:
-    """Make a new connection ready for claims: times stay bytes until somebody looks at them."""
-    conn.adapters.register_loader("timestamptz", ByteaBinaryLoader)
-    if not pooled:
-        # A claim that a crash of the server undoes is only run again; completions stay durable.
-        await conn.execute("set synchronous_commit = off")
 
 
 class Claimer:
@@ -70,8 +66,29 @@ class Claimer:
         self._wakened = asyncio.Event()
         self._hinted = False
         self._closing = False
+        self._warned = False
         self._reconcile_at = 0.0
         self._reconcile_after: list[float] = []
+
+    async def prepare(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        """Make a new connection ready for claims, and listen on it."""
+        conn.adapters.register_loader("timestamptz", ByteaBinaryLoader)  # bytes until somebody looks at them
+        if self._settings.pooled:
+            return
+        # A claim that a crash of the server undoes is only run again; completions stay durable.
+        await conn.execute("set synchronous_commit = off")
+        heard: set[str] = set()
+        conn.add_notify_handler(lambda notify: heard.add(notify.channel))
+        for statement in (f"listen {_TEST}", f"notify {_TEST}", f"unlisten {_TEST}", f"listen {_CHANNEL}"):
+            await conn.execute(statement)
+        if _TEST not in heard and not self._warned:
+            self._warned = True
+            self._log.warning(
+                "notifications do not arrive on this connection: jobs are found by polling only. If a transaction "
+                "pooler stands between, give the worker a lease"
+            )
+        conn.add_notify_handler(lambda _notify: self.hint())
+        self.hint()  # whatever was said while nobody listened
 
     def hint(self) -> None:
         """There may be work: a notification, or a report that makes other jobs claimable."""
@@ -183,8 +200,9 @@ class Claimer:
             if due is not None:
                 longest = min(longest, max(0.0, due))
         deadline = time.monotonic() + longest
-        while not self._hinted and not self._closing and (left := deadline - time.monotonic()) > 0:
-            await self._pause(left)
+        with self._link.hearing(self.hint):
+            while not self._hinted and not self._closing and (left := deadline - time.monotonic()) > 0:
+                await self._pause(left)
 
     async def _pause(self, longest: float) -> None:
         if self._closing:
@@ -214,4 +232,4 @@ class Claimer:
             self._finisher.wake()
 
     def _known(self) -> set[int]:
-        return {row[ID] for row in self._feed.jobs} | self._running() | self._finisher.unreported()
+        return {row[ID] for row in list(self._feed.jobs)} | self._running() | self._finisher.unreported()

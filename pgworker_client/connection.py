@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import psycopg
@@ -129,6 +129,33 @@ class Link:
             raise await self.judge(conn, exc) from exc
         self.works()
         return rows
+
+    @contextlib.contextmanager
+    def hearing(self, heard: Callable[[], None]) -> Iterator[None]:
+        """Inside the block, in which nothing else uses the link, ``heard`` is called when the server says something.
+
+        That is a notification, or that the connection has ended: the next statement finds out.
+        """
+        conn = self._conn
+        if conn is None or conn.closed:
+            yield
+            return
+        loop, fd = asyncio.get_running_loop(), conn.fileno()
+
+        def readable() -> None:
+            with contextlib.suppress(psycopg.Error):
+                conn.pgconn.consume_input()
+                while conn.pgconn.notifies() is not None:
+                    pass
+            heard()
+
+        if conn.pgconn.notifies() is not None:  # came with the answer to the last statement
+            readable()
+        loop.add_reader(fd, readable)
+        try:
+            yield
+        finally:
+            loop.remove_reader(fd)
 
     async def judge(self, conn: psycopg.AsyncConnection[Any], exc: psycopg.Error) -> Exception:
         """What to raise for an error of this link's connection: LinkDown for what passes, else the error itself."""

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pgworker_client.claiming import Claimer, prepare_claims
+from pgworker_client.claiming import Claimer
 from pgworker_client.connection import Link, connection_string
 from pgworker_client.context import Surroundings
 from pgworker_client.database import Database
@@ -18,7 +18,7 @@ from pgworker_client.handler_connections import HandlerConnections
 from pgworker_client.hooks import HookList, Hooks
 from pgworker_client.logs import Log
 from pgworker_client.middleware import Middleware, compose
-from pgworker_client.presence import Presence
+from pgworker_client.presence_thread import PresenceThread
 from pgworker_client.process_pool import ProcessPool
 from pgworker_client.running import Runner
 from pgworker_client.settings import Settings
@@ -31,7 +31,8 @@ _LAST_WAIT = 5.0
 class Engine:
     """The parts of a running worker.
 
-    Three connections: one claims, one reports, one is present and listens, so that none of them waits for another.
+    Three connections: one claims and listens, one reports, one is present, so that none of them waits for another. The
+    last belongs to a thread of its own (in lease mode with a fourth, for maintain()).
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Engine:
         conninfo = connection_string(settings.dsn, name=f"pgworker {name}")
         self._database = database = Database(conninfo, log, pooled=pooled)
 
-        self._claim_link = Link("claim", database, setup=lambda c: prepare_claims(c, pooled=pooled))
+        self._claim_link = Link("claim", database, setup=lambda conn: self._claimer.prepare(conn))
         self._finish_link = Link("finish", database)
         self._connections = HandlerConnections(database, settings.concurrency)
         self._hooks = Hooks(hooks, state, name, log) if hooks.by_event else None
@@ -65,13 +66,8 @@ class Engine:
             for _ in range(settings.concurrency)
         ]
         self._claimer = Claimer(settings, self._claim_link, self._feed, self._finisher, log, tasks, self._running)
-        self._presence = Presence(
-            settings,
-            database,
-            log,
-            on_worker_id=self._new_worker_id,
-            on_notice=self._notice,
-            on_wake=self._claimer.hint,
+        self._presence = PresenceThread(
+            settings, database, log, self._feed, on_worker_id=self._new_worker_id, on_notice=self._notice
         )
         self._stops = 0
         self._stopping = asyncio.Event()
@@ -100,7 +96,8 @@ class Engine:
         finally:
             looking_after.cancel()
             self._processes.close()
-            for link in (self._presence.link, self._claim_link, self._finish_link):
+            await self._presence.close()
+            for link in (self._claim_link, self._finish_link):
                 await link.close()
             await self._connections.close()
             if self._hooks is not None:
@@ -155,9 +152,8 @@ class Engine:
             if dead is finishing:  # nothing can be reported any more, so nothing is worth waiting for
                 self._interrupting.set()
         await self._drain(claiming, finishing)
-        present.cancel()
-        await asyncio.wait((present,))
         await self._presence.leave()
+        await asyncio.wait((present,))
         dead = dead or _dead(parts)
         self._log.info("worker stopped")
         if self._hooks is not None:

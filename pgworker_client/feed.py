@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from time import perf_counter
 
-from pgworker_client.job import Row
+from pgworker_client.job import ID, Row
 
 #: Seconds of handlers that do not suspend before the event loop gets a turn, so that claims and reports flow meanwhile.
 SLICE = 0.001
@@ -28,9 +29,8 @@ class Feed:
         self.closed = False
         #: `on_room` is called when fewer than so many jobs are left; 0: nobody wants to know.
         self.low = 0
-        #: Jobs that were ever put in, taken out, and run to their end.
+        #: Jobs that were ever put in, and run to their end.
         self.arrived = 0
-        self.started = 0
         self.ended = 0
         #: perf_counter() at which the present slice is over.
         self.slice_end = 0.0
@@ -55,33 +55,34 @@ class Feed:
 
     def put(self, rows: Iterable[Row]) -> None:
         """Jobs that were just claimed."""
-        before = len(self.jobs)
-        if not before:
+        came = list(rows)
+        if not self.jobs:
             self._batches.clear()
-        self.jobs.extend(rows)
-        self.arrived += len(self.jobs) - before
+        self.arrived += len(came)
+        self.jobs.extend(came)
         self._batches.append((perf_counter(), self.arrived))
         self._start_one()
 
     def take_all(self) -> list[Row]:
-        """Take back every job that was not started."""
-        rows = list(self.jobs)
-        self.jobs.clear()
-        self.started += len(rows)
+        """Take back every job that was not started. The one method that another thread may call too."""
+        rows = []
+        with contextlib.suppress(IndexError):
+            while True:  # one by one: each is either taken here, or started, and never both
+                rows.append(self.jobs.popleft())
         return rows
 
     def take(self, job_id: int) -> Row | None:
         """Take back one job, if it was not started."""
-        for row in self.jobs:
-            if row[0] == job_id:
-                self.jobs.remove(row)
-                self.started += 1
-                return row
+        for row in list(self.jobs):
+            if row[ID] == job_id:
+                with contextlib.suppress(ValueError):
+                    self.jobs.remove(row)
+                    return row
         return None
 
     def oldest(self) -> float:
         """For how many seconds the next job has been waiting here; 0 where there is none."""
-        while self._batches and self._batches[0][1] <= self.started:
+        while self._batches and self._batches[0][1] <= self.arrived - len(self.jobs):
             self._batches.popleft()
         return perf_counter() - self._batches[0][0] if self.jobs and self._batches else 0.0
 

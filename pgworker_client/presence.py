@@ -1,8 +1,9 @@
-"""Presence: one connection that registers the worker, shows that it lives, and hears what the database has to say."""
+"""Presence: registers the worker, shows that it lives, hears what it is to stop, and has the database maintained."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,12 +17,13 @@ from pgworker_client.connection import Link
 from pgworker_client.database import Database
 from pgworker_client.errors import INCOMPATIBLE, UNKNOWN_WORKER, LinkDown, NotInstalled, one_line
 from pgworker_client.logs import Log
+from pgworker_client.loop_watch import LoopWatch
+from pgworker_client.reports import Released
 from pgworker_client.settings import Settings
 
 #: The number by which client and schema know whether they understand each other.
 PROTOCOL = 1
 
-_CHANNEL = "pgworker"
 #: Seconds that the farewell may take.
 _LEAVE = 5.0
 _HEARTBEAT = "select job_id, notice from pgworker.heartbeat(%s)"
@@ -32,7 +34,7 @@ _ABSENT = ("3F000", "42883", "42501", "42P01")
 
 
 class Presence:
-    """Registers, listens, sends heartbeats and calls `maintain`."""
+    """Registers, sends heartbeats and calls `maintain`. Everything here happens in the presence thread."""
 
     def __init__(
         self,
@@ -42,23 +44,26 @@ class Presence:
         *,
         on_worker_id: Callable[[int], None],
         on_notice: Callable[[int, str], None],
-        on_wake: Callable[[], None],
+        watch: LoopWatch,
     ) -> None:
         self._settings = settings
         self._log = log
         self._on_worker_id = on_worker_id
         self._on_notice = on_notice
-        self._on_wake = on_wake
+        self._watch = watch
         self.worker_id: int | None = None
-        self.link = Link("presence", database, setup=self._arrive)
+        self._link = Link("presence", database, setup=self._arrive)
+        # A lease must be renewed while maintain() takes its time; where presence is the session itself, nothing is
+        # lost when a heartbeat has to wait for it.
+        self._maintain_link = Link("maintain", database) if settings.pooled else self._link
+        self._leaving = asyncio.Event()
+        self._parts: list[asyncio.Task[None]] = []
         self._beat_every = min(_BEAT, settings.lease / 3) if settings.lease else _BEAT
-        self._beat_at = 0.0
-        self._maintain_at = 0.0
 
     async def start(self) -> None:
         """Connect and register. NotInstalled if the database is not one that this client can work with."""
         try:
-            await self.link.connect()
+            await self._link.connect()
         except psycopg.Error as exc:
             if exc.sqlstate == INCOMPATIBLE:
                 raise NotInstalled(f"{one_line(exc)}. {exc.diag.message_hint or ''}".strip()) from exc
@@ -70,24 +75,50 @@ class Presence:
             raise
 
     async def run(self) -> None:
-        """Listen, send heartbeats and maintain, for ever."""
-        while True:
+        """Send heartbeats and maintain, until told to leave."""
+        self._parts = [asyncio.create_task(self._beat_on()), asyncio.create_task(self._maintain_on())]
+        try:
+            await asyncio.gather(*self._parts)
+        finally:
+            for part in self._parts:
+                part.cancel()
+
+    async def leave(self) -> None:
+        """Unregister: what the worker still holds goes back. Tried once: the database notices its absence anyway."""
+        self._leaving.set()
+        for link in (self._link, self._maintain_link):
+            link.stop_trying()
+        if self._parts:  # not cut off: that would cost the connection
+            await asyncio.wait(self._parts, timeout=_LEAVE)
+        if self.worker_id is None:
+            return
+        try:
+            async with asyncio.timeout(_LEAVE):
+                await self._link.fetch("select pgworker.unregister_worker(%s)", (self.worker_id,))
+        except (psycopg.Error, LinkDown, TimeoutError) as exc:
+            self._log.info("could not unregister (%s); the database will notice", one_line(exc))
+        self.worker_id = None
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._link.close()
+        await self._maintain_link.close()
+
+    async def _beat_on(self) -> None:
+        while not self._leaving.is_set():
+            began = time.monotonic()
             try:
-                await self._listen_until(min(self._beat_at, self._maintain_at))
-                now = time.monotonic()
-                if now >= self._beat_at:
-                    await self.beat()
-                if now >= self._maintain_at:
-                    await self._maintain()
+                await self._beat()
+                await self._give_back()
             except LinkDown:
                 continue
+            await self._sleep(began + self._beat_every - time.monotonic())
 
-    async def beat(self) -> None:
+    async def _beat(self) -> None:
         """One heartbeat; notices go to their jobs. An unknown worker registers anew."""
-        self._beat_at = time.monotonic() + self._beat_every
-        conn = await self.link.connection()
+        conn = await self._link.connection()
         try:
-            rows = await self.link.fetch(_HEARTBEAT, (self.worker_id,))
+            rows = await self._link.fetch(_HEARTBEAT, (self.worker_id,))
         except psycopg.Error as exc:
             if exc.sqlstate != UNKNOWN_WORKER:
                 raise
@@ -96,37 +127,42 @@ class Presence:
         for job_id, notice in rows:
             self._on_notice(job_id, notice)
 
-    async def leave(self) -> None:
-        """Unregister: what the worker still holds goes back. Tried once: the database notices its absence anyway."""
-        if self.worker_id is None:
-            return
-        self.link.stop_trying()
-        try:
-            async with asyncio.timeout(_LEAVE):
-                await self.link.fetch("select pgworker.unregister_worker(%s)", (self.worker_id,))
-        except (psycopg.Error, LinkDown, TimeoutError) as exc:
-            self._log.info("could not unregister (%s); the database will notice", one_line(exc))
-        self.worker_id = None
+    async def _give_back(self) -> None:
+        """Give back what nobody can start because the worker's event loop is blocked."""
+        rows = self._watch.look()
+        if rows and self.worker_id is not None:
+            released = Released(rows)
+            await self._link.fetch(released.QUERY, released.params(self.worker_id))
+        self._watch.given_back()
+
+    async def _maintain_on(self) -> None:
+        while not self._leaving.is_set():
+            try:
+                ((pause,),) = await self._maintain_link.fetch("select extract(epoch from pgworker.maintain())::float8")
+            except LinkDown:
+                continue
+            await self._sleep(max(0.05, pause))
+
+    async def _sleep(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._leaving.wait()
 
     async def _arrive(self, conn: psycopg.AsyncConnection[Any]) -> None:
-        """On every new connection: be present on it, and listen."""
+        """On every new connection: be present on it."""
         await conn.execute("select pgworker.check_client(%s)", (PROTOCOL,), prepare=False)
         if self.worker_id is None:
             await self._register(conn)
-        else:
-            try:
-                cur = psycopg.AsyncCursor(conn, row_factory=tuple_row)
-                await cur.execute(_HEARTBEAT, (self.worker_id,), prepare=False)
-                for job_id, notice in await cur.fetchall():
-                    self._on_notice(job_id, notice)
-            except psycopg.Error as exc:
-                if exc.sqlstate != UNKNOWN_WORKER:
-                    raise
-                await self._register(conn)
-        if not self._settings.pooled:
-            await conn.execute(f"listen {_CHANNEL}")
-        self._beat_at = time.monotonic() + self._beat_every
-        self._on_wake()  # whatever was said while nobody listened
+            return
+        try:
+            cur = psycopg.AsyncCursor(conn, row_factory=tuple_row)
+            await cur.execute(_HEARTBEAT, (self.worker_id,), prepare=False)
+            for job_id, notice in await cur.fetchall():
+                self._on_notice(job_id, notice)
+        except psycopg.Error as exc:
+            if exc.sqlstate != UNKNOWN_WORKER:
+                raise
+            await self._register(conn)
 
     async def _register(self, conn: psycopg.AsyncConnection[Any]) -> None:
         lease = None if self._settings.lease is None else timedelta(seconds=self._settings.lease)
@@ -141,19 +177,3 @@ class Presence:
             self._log.warning("was gone for too long: registered anew, jobs claimed before are given back")
         self.worker_id = worker_id
         self._on_worker_id(worker_id)
-
-    async def _listen_until(self, moment: float) -> None:
-        left = max(0.0, moment - time.monotonic())
-        if self._settings.pooled:
-            await asyncio.sleep(left)
-            return
-        conn = await self.link.connection()
-        try:
-            async for _ in conn.notifies(timeout=left):
-                self._on_wake()
-        except psycopg.Error as exc:
-            raise await self.link.judge(conn, exc) from exc
-
-    async def _maintain(self) -> None:
-        ((pause,),) = await self.link.fetch("select extract(epoch from pgworker.maintain())::float8")
-        self._maintain_at = time.monotonic() + max(0.05, pause)

@@ -118,8 +118,10 @@ class Runner:
         bare = self._middleware is None
         on_start = around.hooks if around.hooks is not None and around.hooks.wants("started") else None
         while jobs:
-            row = jobs.popleft()
-            feed.started += 1
+            try:
+                row = jobs.popleft()
+            except IndexError:  # given back by the presence thread, which thought that nobody would come
+                break
             if len(jobs) < feed.low:
                 feed.need()
             outbox = finisher.outbox

@@ -199,6 +199,28 @@ def test_a_tree_that_is_forgotten_while_somebody_holds_a_compensation_leaves_not
     assert leftovers(db) == 0
 
 
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_children_that_are_added_to_a_tree_that_is_removed_leave_nothing(
+    db: Conn, connect: Connections, when: str
+) -> None:
+    """Who removes the tree cannot see yet that there is something to be undone in it."""
+    ids = plant(db, node("order", node("a")))
+    worker = start(db, ids["a"])
+    adding = connect(autocommit=False)
+    if when == "before":
+        db.execute("delete from pgworker.job where id = %s", [ids["order"]])
+    call(adding, "add_children", worker, ids["a"], '[{"identifier": "b", "compensate": {"identifier": "undo-b"}}]')
+    if when == "while":
+        db.execute("delete from pgworker.job where id = %s", [ids["order"]])
+    adding.commit()
+    call(db, "cancel_job", worker, ids["a"])
+    settle(db)
+    work(db)
+    assert values(db, "select id from pgworker.jobs") == []
+    assert value(db, "select count(*) from pgworker.compensation") == 0
+    assert violations(db) == []
+
+
 def test_a_removed_subtree_is_not_forgotten_before_what_it_did_is_remembered(db: Conn, connect: Connections) -> None:
     part = node("part", undoable("a"), node("b", after=["a"]), on_failure="remove")
     ids = plant(db, node("order", part, node("z", after=["part"])))
