@@ -70,7 +70,8 @@ def _crashed(bench: Bench) -> float:
     """Seconds from when the server answers again after a crash until a worker has run jobs."""
     with bench.ours.start(bench.server, "work") as worker:
         with bench.ours.connect(bench.server) as conn:
-            wait_until(lambda: bool(_count(conn, _WORKERS)), [worker], "the worker")
+            _add(bench, conn, "noop")
+            wait_until(lambda: not _count(conn, _LIVE), [worker], "the worker works")
         bench.server.restart("immediate")
         begun = time.monotonic()
         with bench.ours.connect(bench.server) as conn:
