@@ -7,6 +7,7 @@ that goes on acknowledging what it does not pass on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -139,7 +140,8 @@ def _waiting(conn: Watched) -> bool:
 
 def cut(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
     """Make whoever waits on this connection get an error at once."""
-    if conn.closed:
-        return
-    with socket.socket(fileno=os.dup(conn.fileno())) as its:
+    with (
+        contextlib.suppress(OSError, psycopg.Error),  # closed meanwhile
+        socket.socket(fileno=os.dup(conn.fileno())) as its,
+    ):
         its.shutdown(socket.SHUT_RDWR)
