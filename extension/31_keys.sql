@@ -46,10 +46,6 @@ declare
   v_due   timestamptz;
   v_id    bigint;
 begin
-  select t.max_attempts::int, case when t.limited then pgworker.lane(t.keyed, p_limit_key, p_queue_name) end into v_most, v_lane
-  from pgworker.task t where t.identifier = p_identifier;
-  v_most := coalesce(p_max_attempts, v_most, 25);
-
   loop
     if p_unique_for is not null then
       v_id := pgworker.unique_job(p_key, v_now);
@@ -60,7 +56,10 @@ begin
     insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
                                    created_at, limit_key, unique_until, lane)
     values (coalesce(p_id, nextval('pgworker.job_id')), p_identifier, v_payload, p_queue_name, v_run_at,
-            v_most, p_key, coalesce(p_priority, 0), v_flags, v_now, p_limit_key, v_now + p_unique_for, v_lane)
+            coalesce(p_max_attempts, (select t.max_attempts from pgworker.task t where t.identifier = p_identifier), 25),
+            p_key, coalesce(p_priority, 0), v_flags, v_now, p_limit_key, v_now + p_unique_for,
+            (select pgworker.lane(t.keyed, p_limit_key, p_queue_name) from pgworker.task t
+             where t.identifier = p_identifier and t.limited))
     on conflict (key) where key is not null do nothing
     returning j.id, j.run_at into v_id, v_due;
     if found then
@@ -77,6 +76,9 @@ begin
         return v_id;                               -- nothing has become claimable
       end if;
     else
+      select t.max_attempts::int, case when t.limited then pgworker.lane(t.keyed, p_limit_key, p_queue_name) end
+      into v_most, v_lane
+      from pgworker.task t where t.identifier = p_identifier;
       update pgworker.job j
       set task_identifier = p_identifier,
           payload = case when jsonb_typeof(j.payload) = 'array' and jsonb_typeof(v_payload) = 'array'
@@ -85,7 +87,7 @@ begin
           run_at = case when p_mode = 'preserve_run_at' and j.attempts = 0 then j.run_at
                         when j.attempts = 0 then least(v_run_at, j.created_at + p_debounce_max)
                         else v_run_at end,
-          max_attempts = v_most,
+          max_attempts = coalesce(p_max_attempts, v_most, 25),
           priority = coalesce(p_priority, 0),
           flags = v_flags,
           limit_key = p_limit_key,

@@ -358,7 +358,8 @@ as $$
 begin
   -- The first that matches in each priority; after a thousand that do not, the time reached by then: waking up too early
   -- does no harm, walking over a million foreign jobs would.
-  return least(pgworker.limited_due(pgworker.clock(), next_run_at.tasks), (
+  return least(case when exists (select from pgworker.task t where t.limited and not t.paused)
+                    then pgworker.limited_due(pgworker.clock(), next_run_at.tasks) end, (
     with recursive known as (
       select -32769 as priority
       union all

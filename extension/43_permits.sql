@@ -4,6 +4,7 @@
 --   remember_turns     whose turn it was
 --   claim_limited      claims those that come first, of what limited_heads() found
 --   free_permits       runs have ended or were given back
+--   free_places        the same of jobs of queues and of limited ones
 --   refund_permits     runs that never were give their part of a rate back
 --
 -- What a permit is says 42_limits.sql. Locks of a claim: queues, permits, then jobs, all with SKIP LOCKED. Ends: jobs, queues,
@@ -232,6 +233,18 @@ end
 $$;
 comment on function pgworker.free_permits(bigint[]) is
   'Internal: these limited jobs run no more: others may. Wakes workers when something of these tasks is due.';
+
+create function pgworker.free_places(p_names text[], p_queued bigint[], p_limited bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pgworker.free_queues(p_names, p_queued);
+  perform pgworker.free_permits(p_limited);
+end
+$$;
+comment on function pgworker.free_places(text[], bigint[], bigint[]) is
+  'Internal: runs have ended or were given back: of jobs of these queues, and of jobs with limits.';
 
 create function pgworker.refund_permits(p_job_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe

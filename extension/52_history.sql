@@ -1,7 +1,7 @@
 -- 52_history.sql: runs of jobs that did not complete them
 --
 --   records            whether they are recorded
---   forget_attempts    they go with their job
+--   forget_attempts    they go with their job; for finished ones, in a trigger
 --   job_attempts       the public view
 --
 -- Whoever ends a run writes it down in the same statement: retry_later and finish (50_finishing.sql), give_back
@@ -19,30 +19,37 @@ end
 $$;
 comment on function pgworker.records() is 'Internal: whether runs that do not complete their jobs are recorded.';
 
--- SECURITY DEFINER, as settle(): whoever may delete a job need not know of this.
-create function pgworker.forget_attempts() returns trigger
-language plpgsql volatile parallel unsafe security definer
+create function pgworker.forget_attempts(p_ids bigint[]) returns void
+language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
 as $$
 begin
-  if exists (select from gone g where g.recorded) then
-    delete from pgworker.attempt a
-    where a.job_id = any (array(
-      select g.id from gone g
-      where g.recorded
-        and not exists (select from pgworker.job j where j.id = g.id offset 0)
-        and not exists (select from pgworker.finished f where f.id = g.id offset 0)));
-  end if;
+  delete from pgworker.attempt a
+  where a.job_id = any (array(
+    select u.id from unnest(p_ids) as u(id)
+    where not exists (select from pgworker.job j where j.id = u.id offset 0)
+      and not exists (select from pgworker.finished f where f.id = u.id offset 0)));
+end
+$$;
+comment on function pgworker.forget_attempts(bigint[]) is
+  'Internal: those of these jobs that are neither live nor finished any more take their attempts along.';
+
+-- The same for live jobs is done by settle() (57_settling.sql): one trigger costs less than two. SECURITY DEFINER, as there:
+-- whoever may delete a job need not know of this.
+create function pgworker.forget_attempts() returns trigger
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pgworker.forget_attempts(array_agg(g.id)) from gone g where g.recorded having count(*) > 0;
   return null;
 end
 $$;
 comment on function pgworker.forget_attempts() is
-  'Internal: trigger function of tables job and finished: a job that is in neither any more takes its attempts along.';
+  'Internal: trigger function of table finished.';
 
-create trigger forget_attempts after delete on pgworker.job
-referencing old table as gone for each statement execute function pgworker.forget_attempts();
 create trigger forget_attempts after delete on pgworker.finished
 referencing old table as gone for each statement execute function pgworker.forget_attempts();
 

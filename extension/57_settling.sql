@@ -284,7 +284,19 @@ declare
   v_all     bigint;
   v_plain   boolean;
   v_rooted  boolean;
+  v_trees   boolean;
+  v_recorded bigint[];
 begin
+  select bool_or(g.root_id is not null and not g.settled), array_agg(g.id) filter (where g.recorded)
+  into v_trees, v_recorded
+  from gone g;
+  if v_recorded is not null then
+    perform pgworker.forget_attempts(v_recorded);
+  end if;
+  if v_trees is not true then
+    return null;
+  end if;
+
   -- Nearly always: leaves of one level that have completed, and nothing follows from that but the count of their parents.
   -- Of each job no more is looked at than that needs: children then cost little more than jobs that are in no tree.
   select array_agg(p.parent_id), array_agg(p.slot), array_agg(p.n), sum(p.n),
@@ -295,9 +307,6 @@ begin
         from gone g
         where g.root_id is not null and not g.settled
         group by g.parent_id, g.slot, g.depth) as p;
-  if v_all is null then
-    return null;
-  end if;
   if v_plain
      and v_all = (select count(*) from pgworker.finished f
                   where f.id = any (array(select g.id from gone g where g.root_id is not null and not g.settled))

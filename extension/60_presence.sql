@@ -195,8 +195,7 @@ begin
          array_agg(b.id) filter (where b.queue_name is not null), array_agg(b.id) filter (where b.lane is not null)
   into v_names, v_queued, v_limited
   from back b;
-  perform pgworker.free_queues(v_names, v_queued);
-  perform pgworker.free_permits(v_limited);
+  perform pgworker.free_places(v_names, v_queued, v_limited);
   if p_refund then
     perform pgworker.refund_permits(v_limited);
   end if;
