@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from tests.faults.fleet import ROOT
@@ -65,7 +66,10 @@ def _frozen(trial: Trial, dsn: str, *arguments: str, cut: Proxy | None = None) -
 def wrong_time(_ground: Ground, trial: Trial) -> None:
     """One worker's clock is an hour ahead, another's an hour behind: nothing may come of it."""
     with (
-        trial.fleet(trial.dsn(), 1, environment=shifted(TRIAL_CLOCK_OFF="3600")),
-        trial.fleet(trial.dsn(), 1, environment=shifted(TRIAL_CLOCK_OFF="-3600")),
+        trial.fleet(trial.dsn(), 1, environment=shifted(TRIAL_CLOCK_OFF="3600")) as ahead,
+        trial.fleet(trial.dsn(), 1, environment=shifted(TRIAL_CLOCK_OFF="-3600")) as behind,
     ):
+        for fleet, off in ((ahead, 3600), (behind, -3600)):  # as their logs show
+            shown = time.mktime(time.strptime(fleet.said()[:19], "%Y-%m-%d %H:%M:%S"))
+            assert abs(shown - time.time() - off) < 600
         trial.finish()

@@ -167,9 +167,10 @@ class Trial:
             raise AssertionError(f"{error}; live: {left}") from error
         for fleet in self._fleets:
             fleet.stop()
-        self.outcome = self._count()
+        self.outcome = self.counted()
 
-    def _count(self) -> Outcome:
+    def counted(self) -> Outcome:
+        """Count what has become of the jobs so far."""
         again = self._again()
         unexplained = [run for run in again if not self._explained(run[1], run[2])]
         with self.connect() as conn:
