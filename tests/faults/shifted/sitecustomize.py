@@ -17,6 +17,8 @@ if _OFF:
     _time = time.time
 
     class _Shifted(datetime.datetime):
+        __slots__ = ()  # as large as the original, which extension modules look at
+
         @classmethod
         def now(cls, tz: Any = None) -> Any:
             return super().now(tz) + datetime.timedelta(seconds=_OFF)
