@@ -15,6 +15,7 @@ from bench.adding import adding, latency
 from bench.claims import claims
 from bench.draining import foreign, held, history, throughput
 from bench.limits import fairness, limits
+from bench.recovery import recovery
 from bench.report import ratio, table
 from bench.setting import QUICK, Bench, Sizes
 from bench.sides import PeerMissingError, peers, pgworker
@@ -33,6 +34,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "limits": limits,
     "fairness": fairness,
     "trees": trees,
+    "recovery": recovery,
 }
 
 

@@ -34,6 +34,7 @@ class Child:
         self.handled = 0
         self.delays: list[float] = []
         self._name = " ".join(command[-2:])
+        self._killed = False
         self._answers: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
@@ -67,7 +68,7 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._reader.join()
-        if kind is None and self._process.returncode:
+        if kind is None and self._process.returncode and not self._killed:
             raise self._failed()
         self._said.close()
 
@@ -86,6 +87,12 @@ class Child:
         """RuntimeError, with the end of what it said, if the process has ended."""
         if self._process.poll() is not None:
             raise self._failed()
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self._killed = True
+        self._process.kill()
+        self._process.wait()
 
     def _answer(self) -> int:
         try:

@@ -61,6 +61,9 @@ def rows(sizes: Sizes) -> list[Row]:
         Row("tree_slots", "  as it is", "jobs/s", "tree_slots_one"),
         Row("tree_held_not", f"{sizes.children:,} children of one parent", "jobs/s"),
         Row("tree_held", "  the same under an old snapshot", "jobs/s", "tree_held_not"),
+        Row("recovery_killed", "jobs of a killed worker claimed by another", "s"),
+        Row("recovery_unregistered", "jobs of one that said goodbye run by another", "s"),
+        Row("recovery_crashed", "jobs run after the server, crashed, is back", "s"),
     ]
 
 

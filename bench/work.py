@@ -6,6 +6,7 @@ was sent); ends when standard input does. Times are nanoseconds of CLOCK_MONOTON
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
@@ -61,6 +62,14 @@ async def kept(_payload: dict[str, Any], _ctx: Context) -> dict[str, int]:
     """Do nothing, count it, and have a result."""
     meter.handled += 1
     return {"n": 1}
+
+
+@worker.task
+async def stuck(_payload: dict[str, Any], ctx: Context) -> None:
+    """Never end, the first time."""
+    if ctx.job.attempts == 1:
+        await asyncio.get_running_loop().create_future()
+    meter.handled += 1
 
 
 def _stop_with_input() -> None:

@@ -159,7 +159,16 @@ begin
     return v_ids;
   end if;
 
-  -- Noted first, while the rows still say who held them.
+  -- Noted first, while the rows still say who held them. Whoever lives, or cannot be forgotten yet because somebody has a
+  -- row of its locked, and comes back, learns what it has lost.
+  if not p_refund then
+    insert into pgworker.notice (worker_id, job_id, notice)
+    select w.id, j.id, 'lost'
+    from pgworker.job j
+    join pgworker.worker w on w.id = j.locked_by
+    where j.id = any (v_ids)
+    on conflict (worker_id, job_id) do update set notice = 'lost';
+  end if;
   update pgworker.job j
   set last_error = format('worker %s %s',
                           coalesce((select w.id || ' (' || w.name || ')' from pgworker.worker w where w.id = j.locked_by),

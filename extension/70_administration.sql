@@ -190,12 +190,6 @@ declare
     order by j.id for update skip locked);
   v_ids  bigint[];
 begin
-  insert into pgworker.notice (worker_id, job_id, notice)
-  select j.locked_by, j.id, 'lost'
-  from pgworker.job j
-  join pgworker.worker w on w.id = j.locked_by
-  where j.id = any (v_held)
-  on conflict (worker_id, job_id) do update set notice = 'lost';
   v_ids := pgworker.give_back(force_unlock_workers.worker_ids, v_held, false, 'was forced to give this job up');
   return query select r.* from pgworker.job_rows(v_ids) r;
 end

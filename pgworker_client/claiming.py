@@ -33,8 +33,9 @@ _TEST = "pgworker_test"
 _LOOK_AGAIN = (0.003, 0.1)
 #: Jobs that have waited here for so many seconds go back, for workers that have time for them.
 _STALE = 1.0
-#: After a claim whose answer was lost: when to look for jobs that we hold without knowing it. More than once, because
-#: the old session may go on, and commit, for a while after we have noticed that its connection is broken.
+#: After a claim whose answer was lost: seconds to the next look for jobs that we hold without knowing it, from when the
+#: database answers again. More than one, because the old session may go on, and commit, for a while after we have
+#: noticed that its connection is broken.
 _RECONCILE_AFTER = (0.0, 5.0, 30.0)
 
 
@@ -66,7 +67,8 @@ class Claimer:
         self._hinted = False
         self._closing = False
         self._warned = False
-        self._reconcile_at: list[float] = []
+        self._reconcile_at = 0.0
+        self._reconcile_after: list[float] = []
 
     async def prepare(self, conn: psycopg.AsyncConnection[Any]) -> None:
         """Make a new connection ready for claims, and listen on it."""
@@ -174,8 +176,8 @@ class Claimer:
             rows = await self._link.fetch(_CLAIM, (worker_id, wanted, self._tasks, self._flags), binary=True)
         except LinkDown as down:
             if down.unknown:
-                now = time.monotonic()
-                self._reconcile_at = [now + delay for delay in _RECONCILE_AFTER]
+                self._reconcile_at = time.monotonic()
+                self._reconcile_after = list(_RECONCILE_AFTER)
             return None
         except psycopg.Error as exc:
             if exc.sqlstate != UNKNOWN_WORKER:
@@ -214,15 +216,15 @@ class Claimer:
 
     async def _reconcile(self) -> None:
         """Give back what the database says that we hold and we do not know of: the answer of a claim that got lost."""
-        if not self._reconcile_at or time.monotonic() < self._reconcile_at[0]:
+        if not self._reconcile_after or time.monotonic() < self._reconcile_at + self._reconcile_after[0]:
             return
-        del self._reconcile_at[0]
         known = self._known()
         try:
             held = dict(await self._link.fetch(_HELD, (self._finisher.outbox.worker_id,)))
         except LinkDown:
-            self._reconcile_at.insert(0, time.monotonic())
             return
+        self._reconcile_at = time.monotonic()
+        del self._reconcile_after[0]
         unknown = held.keys() - known - self._known()
         if unknown:
             self._log.warning("%d jobs were claimed as the connection broke; they go back", len(unknown))

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import random
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import tuple_row
 
+from pgworker_client.database import LOST, Database
 from pgworker_client.errors import LinkDown, is_passing, keeps_connection, one_line
-from pgworker_client.logs import Log
 
 #: Given to libpq unless the connection string says otherwise: a peer that vanished without a word is noticed within
 #: half a minute rather than after the two hours of the kernel's defaults.
@@ -63,38 +62,35 @@ def _may_come_back(exc: psycopg.Error) -> bool:
 class Link:
     """One connection of a worker, in autocommit, made anew when it is lost.
 
-    Says once that it is lost and once that it is back. ``setup`` runs on every new connection before it is used.
+    ``setup`` runs on every new connection before it is used.
     """
 
     def __init__(
         self,
         part: str,
-        conninfo: str,
-        log: Log,
+        database: Database,
         *,
-        pooled: bool,
         setup: Callable[[psycopg.AsyncConnection[Any]], Awaitable[None]] | None = None,
     ) -> None:
         self.part = part
-        self._conninfo = conninfo
-        self._log = log
-        self._pooled = pooled
+        self._database = database
         self._setup = setup
         self._conn: psycopg.AsyncConnection[Any] | None = None
         self._failures = 0
-        self._down_since: float | None = None
+        self._worked = 0
         self._connecting = asyncio.Lock()
         self._stopping = asyncio.Event()
 
     async def connect(self) -> None:
         """Connect for the first time; psycopg's error as it is when that fails.
 
-        A connection that was there and breaks while it is set up is like any other that is lost: it is made anew.
+        A connection that was there and breaks while it is set up is like any other that is lost: it is made anew. One
+        to a standby is too.
         """
         try:
             self._conn = await self._open()
         except LinkDown as down:
-            self._note("lost", down)
+            self._note(LOST if down.unknown else "cannot be made", down)
             await self.connection()
 
     def stop_trying(self) -> None:
@@ -127,7 +123,7 @@ class Link:
         conn = await self.connection()
         try:
             cur = psycopg.AsyncCursor(conn, row_factory=tuple_row)
-            await cur.execute(query, params, prepare=prepare and not self._pooled, binary=binary)
+            await cur.execute(query, params, prepare=prepare and not self._database.pooled, binary=binary)
             rows = await cur.fetchall()
         except psycopg.Error as exc:
             raise await self.judge(conn, exc) from exc
@@ -172,17 +168,16 @@ class Link:
             return LinkDown(one_line(exc), unknown=False)
         if self._conn is conn:
             self._conn = None
-        self._note("lost", exc)
+        self._note(LOST, exc)
         await conn.close()
         return LinkDown(one_line(exc), unknown=lost)
 
     def works(self) -> None:
-        """Note that a statement succeeded: only then is a link that was lost said to be back."""
+        """Note that a statement succeeded: only then does a link that was lost work again."""
+        self._worked = self._database.troubles
         if self._failures:
             self._failures = 0
-        if self._down_since is not None:
-            self._log.warning("%s connection is back after %.1f s", self.part, time.monotonic() - self._down_since)
-            self._down_since = None
+            self._database.works(self.part)
 
     async def close(self) -> None:
         """Close the connection, if there is one."""
@@ -190,10 +185,9 @@ class Link:
             await self._conn.close()
 
     async def _open(self) -> psycopg.AsyncConnection[Any]:
-        conn = await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True)
-        if self._pooled:  # behind a pooler the next statement may meet another server session
-            conn.prepare_threshold = None
+        conn = await self._database.connect()
         try:
+            await _refuse_standby(conn)
             if self._setup is not None:
                 await self._setup(conn)
         except BaseException as exc:
@@ -213,6 +207,11 @@ class Link:
 
     def _note(self, what: str, exc: Exception) -> None:
         self._failures += 1
-        if self._down_since is None:
-            self._down_since = time.monotonic()
-            self._log.warning("%s connection %s: %s; trying again", self.part, what, one_line(exc))
+        self._database.trouble(self.part, what, exc, worked=self._worked)
+
+
+async def _refuse_standby(conn: psycopg.AsyncConnection[Any]) -> None:
+    """LinkDown for a standby: presence shown to it is seen by nobody, and what is read there may be old."""
+    cur = await conn.execute("select pg_catalog.pg_is_in_recovery()", prepare=False)
+    if await cur.fetchone() == (True,):
+        raise LinkDown("the server is a standby, which cannot be written to", unknown=False)

@@ -98,7 +98,7 @@ class EmbeddedServer:
             self._offer_extension()
             self._settings.update(settings or {})
             self._give_away()
-            self._run("initdb", "-D", "data", "-U", self.user, "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+            self._make_data()
         except BaseException:
             self.close()
             raise
@@ -197,6 +197,10 @@ class EmbeddedServer:
             self._throwaway.close()
             if self._copy is not None:
                 self._copy.close()
+
+    def _make_data(self) -> None:
+        """Make the data directory."""
+        self._run("initdb", "-D", "data", "-U", self.user, "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
 
     def _environment(self) -> dict[str, str]:
         """Return this process's environment without what would lead the server or its tools elsewhere."""

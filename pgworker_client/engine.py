@@ -10,6 +10,7 @@ from typing import Any
 from pgworker_client.claiming import Claimer
 from pgworker_client.connection import Link, connection_string
 from pgworker_client.context import Surroundings
+from pgworker_client.database import Database
 from pgworker_client.errors import WorkerFailed, one_line
 from pgworker_client.feed import Feed
 from pgworker_client.finishing import Finisher
@@ -49,12 +50,13 @@ class Engine:
         loop = asyncio.get_running_loop()
         name = settings.worker_name()
         self._log = log = Log(logger, {"worker": name})
-        conninfo = connection_string(settings.dsn, name=f"pgworker {name}")
         pooled = settings.pooled
+        conninfo = connection_string(settings.dsn, name=f"pgworker {name}")
+        self._database = database = Database(conninfo, log, pooled=pooled)
 
-        self._claim_link = Link("claim", conninfo, log, pooled=pooled, setup=lambda conn: self._claimer.prepare(conn))
-        self._finish_link = Link("finish", conninfo, log, pooled=pooled)
-        self._connections = HandlerConnections(conninfo, settings.concurrency, pooled=pooled)
+        self._claim_link = Link("claim", database, setup=lambda conn: self._claimer.prepare(conn))
+        self._finish_link = Link("finish", database)
+        self._connections = HandlerConnections(database, settings.concurrency)
         self._hooks = Hooks(hooks, state, name, log) if hooks.by_event else None
         around = Surroundings(state, log, self._finish_link, self._connections, loop, self._hooks)
         self._finisher = Finisher(self._finish_link, log, self._hooks, self._flushed)
@@ -71,7 +73,7 @@ class Engine:
         self._claimer = Claimer(settings, self._claim_link, self._feed, self._finisher, log, tasks, self._running)
         self._presence = PresenceThread(
             settings,
-            conninfo,
+            database,
             log,
             self._feed,
             {
@@ -100,12 +102,14 @@ class Engine:
 
         ``started`` is called when the worker is connected and registered.
         """
+        looking_after = asyncio.create_task(self._database.look_after(), name="silence")
         try:
             if not await self._start():
                 return
             started()
-            await self._work(once=once)
+            await self._work(looking_after, once=once)
         finally:
+            looking_after.cancel()
             self._processes.close()
             await self._presence.close()
             for link in (self._claim_link, self._finish_link):
@@ -137,7 +141,8 @@ class Engine:
         await self._presence.leave()
         return False
 
-    async def _work(self, *, once: bool) -> None:
+    async def _work(self, looking_after: asyncio.Task[None], *, once: bool) -> None:
+        self._watch(looking_after)
         claiming = self._watch(asyncio.create_task(self._claimer.run(once=once), name="claim"))
         finishing = self._watch(asyncio.create_task(self._finisher.run(), name="finish"))
         present = self._watch(asyncio.create_task(self._presence.run(), name="presence"))

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import psycopg
 
 from pgworker_client.connection import Link, connection_string
+from pgworker_client.database import Database
 from pgworker_client.errors import LinkDown
 from pgworker_client.logs import LOGGER, Log
 
@@ -112,4 +113,5 @@ def subscribe(
 
     log = Log(logger or logging.getLogger(LOGGER), {})
     conninfo = connection_string(dsn, name="pgworker events")
-    return Subscription(Link("events", conninfo, log, pooled=False, setup=listen), on_gap, heard)
+    database = Database(conninfo, log, pooled=False)
+    return Subscription(Link("events", database, setup=listen), on_gap, heard)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import psycopg
 from psycopg.rows import tuple_row
+
+from pgworker_client.database import NOTICE, Database
 
 SyncConnection = psycopg.Connection[tuple[Any, ...]]
 AsyncConnection = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -17,7 +19,7 @@ AsyncConnection = psycopg.AsyncConnection[tuple[Any, ...]]
 #: because psycopg remembers what it has prepared, and without DISCARD PLANS, which would only cost time.
 _FORGET = (
     "close all; set session authorization default; reset all; unlisten *; "
-    "select pg_advisory_unlock_all(); discard sequences; discard temp"
+    "select pg_advisory_unlock_all(); discard sequences; discard temp; " + NOTICE
 )
 #: Seconds after which a kept connection is tried before a handler gets it: the server may have been restarted since.
 _FRESH = 1.0
@@ -30,10 +32,9 @@ class HandlerConnections:
     each other's second connection would wait for ever. List operations are atomic, so threads need no lock.
     """
 
-    def __init__(self, conninfo: str, keep: int, *, pooled: bool) -> None:
-        self._conninfo = conninfo
+    def __init__(self, database: Database, keep: int) -> None:
+        self._database = database
         self._keep = keep
-        self._pooled = pooled
         self._sync: list[tuple[float, SyncConnection]] = []
         self._async: list[tuple[float, AsyncConnection]] = []
 
@@ -47,10 +48,11 @@ class HandlerConnections:
             conn.row_factory = tuple_row
             yield conn
             await conn.commit()
-            await conn.set_autocommit(True)
-            if not self._pooled:
-                await conn.execute(_FORGET)
-            kept = len(self._async) < self._keep
+            with suppress(psycopg.Error):  # what it was asked for is done: only the connection is lost
+                await conn.set_autocommit(True)
+                if not self._database.pooled:
+                    await conn.execute(_FORGET)
+                kept = len(self._async) < self._keep
         finally:
             if kept:
                 self._async.append((time.monotonic(), conn))
@@ -67,10 +69,11 @@ class HandlerConnections:
             conn.row_factory = tuple_row
             yield conn
             conn.commit()
-            conn.autocommit = True
-            if not self._pooled:
-                conn.execute(_FORGET)
-            kept = len(self._sync) < self._keep
+            with suppress(psycopg.Error):
+                conn.autocommit = True
+                if not self._database.pooled:
+                    conn.execute(_FORGET)
+                kept = len(self._sync) < self._keep
         finally:
             if kept:
                 self._sync.append((time.monotonic(), conn))
@@ -94,10 +97,7 @@ class HandlerConnections:
                 return kept
             except psycopg.Error:
                 await kept.close()
-        conn = await psycopg.AsyncConnection.connect(self._conninfo)
-        if self._pooled:
-            conn.prepare_threshold = None
-        return conn
+        return await self._database.connect(watched=False)
 
     def _sync_connection(self) -> SyncConnection:
         while self._sync:
@@ -109,7 +109,4 @@ class HandlerConnections:
                 return kept
             except psycopg.Error:
                 kept.close()
-        conn = psycopg.Connection.connect(self._conninfo)
-        if self._pooled:
-            conn.prepare_threshold = None
-        return conn
+        return self._database.connect_blocking()

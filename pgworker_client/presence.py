@@ -15,6 +15,7 @@ from psycopg.rows import tuple_row
 
 from pgworker_client import schema
 from pgworker_client.connection import Link
+from pgworker_client.database import Database
 from pgworker_client.errors import INCOMPATIBLE, UNKNOWN_WORKER, LinkDown, NotInstalled, one_line
 from pgworker_client.logs import Log
 from pgworker_client.loop_watch import LoopWatch
@@ -39,7 +40,7 @@ class Presence:
     def __init__(
         self,
         settings: Settings,
-        conninfo: str,
+        database: Database,
         log: Log,
         timeouts: dict[str, float],
         *,
@@ -54,11 +55,10 @@ class Presence:
         self._on_notice = on_notice
         self._watch = watch
         self.worker_id: int | None = None
-        pooled = settings.pooled
-        self._link = Link("presence", conninfo, log, pooled=pooled, setup=self._arrive)
+        self._link = Link("presence", database, setup=self._arrive)
         # A lease must be renewed while maintain() takes its time; where presence is the session itself, nothing is
         # lost when a heartbeat has to wait for it.
-        self._maintain_link = Link("maintain", conninfo, log, pooled=pooled) if pooled else self._link
+        self._maintain_link = Link("maintain", database) if settings.pooled else self._link
         self._leaving = asyncio.Event()
         self._parts: list[asyncio.Task[None]] = []
         self._beat_every = min(_BEAT, settings.lease / 3) if settings.lease else _BEAT

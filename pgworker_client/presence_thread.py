@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from pgworker_client.database import Database
 from pgworker_client.feed import Feed
 from pgworker_client.logs import Log
 from pgworker_client.loop_watch import LoopWatch
@@ -26,7 +27,7 @@ class PresenceThread:
     def __init__(
         self,
         settings: Settings,
-        conninfo: str,
+        database: Database,
         log: Log,
         feed: Feed,
         timeouts: dict[str, float],
@@ -42,7 +43,7 @@ class PresenceThread:
 
         self._presence = Presence(
             settings,
-            conninfo,
+            database,
             log,
             timeouts,
             on_worker_id=lambda worker_id: call(on_worker_id, worker_id),

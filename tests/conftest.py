@@ -6,6 +6,7 @@ else an installed one, else an embedded one.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ from pgworker_client.installations import Installation, NoPostgresError, find_in
 from tests import distribution
 from tests.connections import Connections
 from tests.coverage_plpgsql import PlpgsqlCoverage
+from tests.faults import table
+from tests.faults.trial import Outcome
 
 SETTINGS = {"max_connections": "300", "shared_buffers": "64MB", "timezone": "UTC", "jit": "off"}
 
@@ -86,6 +89,17 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    outcomes = [
+        Outcome(**json.loads(value))
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "fault" and report.when == "call"
+    ]
+    if outcomes:
+        terminalreporter.section("faults")
+        for line in table.lines(outcomes):
+            terminalreporter.write_line(line)
     coverage = config.stash[_COVERAGE]
     terminalreporter.section("PL/pgSQL")
     narrowed = config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("-k") or config.getoption("-m")

@@ -14,6 +14,7 @@ import pytest
 
 from pgworker_client import BlockingContext, Context, NotInstalled, Worker, WorkerFailed, add_job, add_jobs
 from pgworker_client.connection import Link
+from pgworker_client.database import Database
 from pgworker_client.logs import Log
 from tests.client.background import Background, running
 from tests.connections import Connections
@@ -24,6 +25,13 @@ Start = Callable[[Worker], Background]
 
 #: The connections of a worker, and what the statement that each ran last looks like.
 PARTS = {"claim": "get_jobs|next_run_at", "finish": "finish_jobs", "presence": "heartbeat|maintain"}
+
+
+#: A session of a worker that was refused a claim because it may only read.
+_REFUSED = """
+select pid from pg_stat_activity
+where application_name like 'pgworker %%' and datname = current_database() and query ~ 'get_jobs' and pid <> all (%s)
+"""
 
 
 def pid_of(db: Db, part: str) -> int:
@@ -54,6 +62,10 @@ def echoing(dsn: str, **settings: Any) -> tuple[Worker, list[Any]]:
     return Worker(dsn, tasks={"t": handler}, **settings), seen
 
 
+def database(dsn: str) -> Database:
+    return Database(dsn, Log(logging.getLogger("pgworker"), {}), pooled=False)
+
+
 def completed(db: Db) -> Any:
     row = db.execute("select count(*) from pgworker.jobs where state = 'completed'").fetchone()
     assert row is not None
@@ -71,7 +83,7 @@ def test_a_terminated_connection_comes_back_and_is_told_once(
         kill(db, pid_of(db, part))
         add_jobs(db, [{"identifier": "t", "payload": n} for n in range(20)])
         until(lambda: completed(db) == 21, "the jobs after the interruption")
-        until(lambda: f"{part} connection is back" in caplog.text, "the good news")
+        until(lambda: "the database works again" in caplog.text, "the good news")
         add_job(db, "t", 2)
         until(lambda: completed(db) == 22, "one more")
     assert caplog.text.count(f"{part} connection lost") == 1
@@ -157,8 +169,8 @@ def test_a_restart_of_the_server_is_survived(own_server: Any, caplog: pytest.Log
             until(lambda: completed(db) == 2, "the job after the restart")
             assert db.execute("select count(*) from pgworker.worker").fetchone() == (1,)  # the same worker
     assert seen == [1, 2]
-    for part in ("claim", "presence"):
-        assert caplog.text.count(f"{part} connection lost") == 1
+    assert caplog.text.count("connection lost") == 1
+    assert caplog.text.count("the database works again") == 1
 
 
 def test_a_worker_without_a_database_can_be_stopped(own_server: Any, start: Start) -> None:
@@ -188,7 +200,7 @@ def test_a_report_that_is_cancelled_in_the_database_is_sent_again_on_the_same_co
             until(lambda: "finish connection works, but its statement failed" in caplog.text, "the failure is told")
         until(lambda: completed(db) == 2, "the job is completed all the same")
         assert pid_of(db, "finish") == pid
-        until(lambda: "finish connection is back" in caplog.text, "the good news")
+        until(lambda: "the database works again" in caplog.text, "the good news")
     assert db.execute("select count(*) from pgworker.jobs where attempts <> 1").fetchone() == (0,)
 
 
@@ -210,6 +222,48 @@ def test_a_kept_handler_connection_that_died_meanwhile_is_replaced(
         add_job(db, "t")
         until(lambda: len(pids) == 2, "the second job")
     assert pids[0] != pids[1]
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_a_handlers_work_is_not_repeated_because_its_connection_died_after_the_commit(
+    dsn: str, db: Db, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgworker_client.handler_connections._FORGET", "select pg_terminate_backend(pg_backend_pid())")
+    db.execute("create table work (attempt int)")
+
+    async def awaited(_payload: Any, ctx: Context) -> None:
+        async with ctx.connection() as conn:
+            await conn.execute("insert into work values (%s)", (ctx.job.attempts,))
+
+    def blocking(_payload: Any, ctx: BlockingContext) -> None:
+        with ctx.connection() as conn:
+            conn.execute("insert into work values (%s)", (ctx.job.attempts,))
+
+    add_jobs(db, [{"identifier": "t"}] * 2)
+    Worker(dsn, tasks={"t": awaited if kind == "async" else blocking}).run_once()
+    assert db.execute("select attempt from work").fetchall() == [(1,), (1,)]
+    assert db.execute("select count(*) from pgworker.job").fetchone() == (0,)
+
+
+def test_a_server_that_is_read_only_is_connected_to_anew_until_one_is_not(
+    dsn: str, db: Db, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, seen = echoing(dsn, poll_interval=0.05)
+    database_name = db.info.dbname
+    with running(worker):
+        add_job(db, "t", 1)
+        until(lambda: seen == [1], "the first job")
+        db.execute(f"alter database {database_name} set default_transaction_read_only = on")
+        first = pid_of(db, "claim")
+        kill(db, first)
+        # Another connection each time: behind a list of hosts, or a name, the next may be to another server.
+        second = until_row(db, _REFUSED, [first])[0]
+        until_row(db, _REFUSED, [first, second])
+        db.execute(f"alter database {database_name} reset default_transaction_read_only")
+        add_job(db, "t", 2)
+        until(lambda: seen == [1, 2], "the job after the failover")
+        until(lambda: "the database works again" in caplog.text, "the good news")
+    assert [record.levelname for record in caplog.records if "connection" in record.message] == ["WARNING"]
 
 
 def test_a_backend_terminated_while_the_worker_starts_is_a_lost_connection_like_any_other(
@@ -255,7 +309,7 @@ def test_a_connection_that_breaks_while_it_is_set_up_is_made_anew(dsn: str, capl
             await conn.execute("select pg_terminate_backend(pg_backend_pid())")
 
     async def main() -> list[tuple[Any, ...]]:
-        link = Link("claim", dsn, Log(logging.getLogger("pgworker"), {}), pooled=False, setup=setup)
+        link = Link("claim", database(dsn), setup=setup)
         await link.connect()
         try:
             return await link.fetch("select pg_backend_pid()")
@@ -264,14 +318,14 @@ def test_a_connection_that_breaks_while_it_is_set_up_is_made_anew(dsn: str, capl
 
     assert asyncio.run(main()) == [(pids[3],)]
     assert caplog.text.count("claim connection lost: terminating connection due to administrator command") == 1
-    assert caplog.text.count("claim connection is back") == 1
+    assert caplog.text.count("the database works again") == 1
 
 
 def test_a_setup_that_is_refused_is_an_error_at_once(dsn: str) -> None:
     async def setup(conn: psycopg.AsyncConnection[Any]) -> None:
         await conn.execute("select pg_cancel_backend(pg_backend_pid()), pg_sleep(1)")
 
-    link = Link("claim", dsn, Log(logging.getLogger("pgworker"), {}), pooled=False, setup=setup)
+    link = Link("claim", database(dsn), setup=setup)
     with pytest.raises(psycopg.errors.QueryCanceled):
         asyncio.run(link.connect())
 

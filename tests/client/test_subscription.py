@@ -88,7 +88,7 @@ async def test_after_a_lost_connection_it_says_that_there_is_a_gap(
             assert [change.task for change in await some(changes, 1)] == ["after"]
     assert gaps == [(2,)]
     assert "events connection lost" in caplog.text
-    assert "events connection is back" in caplog.text
+    assert "the database works again" in caplog.text
 
 
 async def test_a_gap_that_nobody_wants_to_know_of_is_passed_over(dsn: str, db: Db) -> None:

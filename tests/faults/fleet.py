@@ -1,4 +1,4 @@
-"""Worker processes that can be killed and replaced."""
+"""Worker processes that can be killed and replaced, or stopped for a while."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from tests.waiting import until
+
+ROOT = Path(__file__).parents[2]
 
 
 class Fleet:
@@ -29,11 +34,11 @@ class Fleet:
     ) -> None:
         self._command = [sys.executable, "-m", "pgworker_client", "run", "--database", dsn, "--tasks", str(tasks)]
         self._command += arguments
-        self._environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})}
-        self._logs = tasks / "logs"
-        self._logs.mkdir()
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+        self._logs = Path(tempfile.mkdtemp(prefix="logs-", dir=tasks))
         self._started = 0
         self._processes = [self._start() for _ in range(size)]
+        self._heard: dict[Path, int] = {}
         self.killed = 0
 
     def _start(self) -> _Process:
@@ -69,6 +74,11 @@ class Fleet:
         self._processes[index] = self._start()
         self.killed += 1
 
+    def freeze(self, frozen: bool) -> None:
+        """Stop all processes with SIGSTOP, or have them go on."""
+        for process in self._processes:
+            process.popen.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
     def check(self) -> None:
         """Fail if a worker has ended by itself: nothing but SIGKILL may end one that had begun to work.
 
@@ -81,9 +91,14 @@ class Fleet:
                 assert "worker started" not in process.said(), f"a worker ended with {status}:\n{process.said()}"
                 self._processes[index] = self._start()
 
+    def started(self) -> bool:
+        """Return whether all work; see `check` for those that have ended."""
+        self.check()
+        return all(b"worker started" in process.log.read_bytes() for process in self._processes)
+
     def stop(self, timeout: float = 30) -> None:
         """Ask all to stop, and fail unless they do so, in good order."""
-        self.check()
+        until(self.started, "those that were started last work", timeout=60)
         for process in self._processes:
             process.popen.send_signal(signal.SIGTERM)
         for process in self._processes:
@@ -96,6 +111,14 @@ class Fleet:
     def said(self) -> str:
         """Return the end of what the processes wrote that are there now."""
         return "\n".join(process.said(1500) for process in self._processes)
+
+    def forget(self) -> None:
+        """What was written so far is not looked at any more by `all_say`."""
+        self._heard = {process.log: process.log.stat().st_size for process in self._processes}
+
+    def all_say(self, text: str) -> bool:
+        """Return whether each process has written this."""
+        return all(text.encode() in p.log.read_bytes()[self._heard.get(p.log, 0) :] for p in self._processes)
 
 
 @dataclass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 import pytest
 
 from pgworker_client.embedded import EmbeddedServer
+from tests.clock import move_clock
 from tests.connections import Connections
 from tests.invariants import assert_all_claimable, assert_consistent
 from tests.waiting import until, until_gone
@@ -132,6 +134,25 @@ def test_a_lease_that_lapsed_gives_its_jobs_back_and_fences_the_late_finish(db: 
         assert refused.value.sqlstate == "PW002"
     assert [state for _, state, _ in _states(db)] == ["running"] * 3
     assert other.execute("select count(*) from pgworker.held_jobs(%s)", [second]).fetchone() == (3,)
+
+
+def test_a_worker_that_comes_back_before_it_could_be_forgotten_learns_what_it_lost(
+    db: Conn, connect: Connections
+) -> None:
+    first, second = _add(db, 2)
+    frozen, holder = connect(), connect()
+    worker_id = _register(frozen, "1 hour")
+    assert _claim(frozen, worker_id) == [first, second]
+    holder.execute("begin")
+    holder.execute("select from pgworker.job where id = %s for update", [second])  # a transaction of its handler's
+    move_clock(db, (datetime.now(UTC) + timedelta(hours=2)).isoformat())
+    db.execute("select pgworker.maintain()")
+    assert [state for _, state, _ in _states(db)] == ["ready", "running"]
+    holder.execute("rollback")
+    assert frozen.execute("select * from pgworker.heartbeat(%s)", [worker_id]).fetchall() == [(first, "lost")]
+    assert frozen.execute("select * from pgworker.heartbeat(%s)", [worker_id]).fetchall() == []
+    frozen.execute("select pgworker.complete_job(%s, %s)", [worker_id, second])
+    assert_consistent(db)
 
 
 def test_a_worker_that_vanished_on_the_last_attempt_leaves_a_reason(db: Conn, connect: Connections) -> None:

@@ -28,9 +28,10 @@ class Bouncer:
     Args:
         server: where the databases are.
         pool_size: how many server sessions all clients of a database share.
+        user: whose sessions these are.
     """
 
-    def __init__(self, server: EmbeddedServer, pool_size: int) -> None:
+    def __init__(self, server: EmbeddedServer, pool_size: int, user: str = "postgres") -> None:
         assert PROGRAM is not None
         self._owner = os.stat(server.host)  # pgbouncer refuses to be root, and the server's socket is its owner's only
         self._directory = Path(tempfile.mkdtemp(prefix="pgbouncer-", dir="/tmp"))
@@ -39,7 +40,7 @@ class Bouncer:
         config.write_text(
             f"""
 [databases]
-* = host={server.host} port={server.port} user={server.user}
+* = host={server.host} port={server.port} user={user}
 [pgbouncer]
 listen_addr =
 listen_port = 6432

@@ -1,0 +1,147 @@
+"""Peers that fall silent: a statement that gets no answer is not waited for unless the server is at work on it.
+
+A peer that vanished is noticed by the kernel (keepalives, TCP_USER_TIMEOUT), but not one behind a proxy or a firewall
+that goes on acknowledging what it does not pass on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from typing import Any
+
+import psycopg
+from psycopg.pq import TransactionStatus
+
+from pgworker_client.errors import one_line
+from pgworker_client.logs import Log
+
+#: Seconds between two looks at what waits. What waited at two looks for the same answer is asked about.
+TICK = 10.0
+#: Seconds that this question may take.
+_QUESTION = 10.0
+#: Behind a pooler the server's sessions cannot be told apart: the worker's own statements get so many seconds there,
+#: those of handlers, which may be meant to be long, any number.
+_POOLED = 40.0
+
+#: Which sessions are at work, of those that we wait for. One that waits for us is ended, and so is one whose connection
+#: we have lost, if the server has not noticed: what it has locked would stay so. After a failover its number may be
+#: somebody else's: hence the name.
+_AT_WORK = """
+with ours as materialized (
+  select a.pid, a.pid = any (%(lost)s::int[]) or a.state like 'idle%%' as useless
+  from pg_catalog.pg_stat_activity a
+  where a.pid = any (%(all)s::int[]) and a.application_name = pg_catalog.current_setting('application_name')
+)
+select o.pid from ours o where not case when o.useless then pg_catalog.pg_terminate_backend(o.pid) else false end
+"""
+
+
+class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection that counts how often it began to wait for the server, and remembers its session when it is lost."""
+
+    waits = 0
+    #: The server's number of the session; 0 as long as it is not known.
+    pid = 0
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's."""
+        self.waits += 1
+        return super().wait(*args, **kwargs)
+
+
+class WatchedAsyncConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
+    """The same for coroutines."""
+
+    waits = 0
+    pid = 0
+
+    async def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's."""
+        self.waits += 1
+        return await super().wait(*args, **kwargs)
+
+
+Watched = WatchedConnection | WatchedAsyncConnection
+
+
+class Silence:
+    """Looks at a worker's connections every `TICK` seconds, and cuts off those that wait for nothing."""
+
+    def __init__(self, conninfo: str, log: Log, *, pooled: bool) -> None:
+        self._conninfo = conninfo
+        self._log = log
+        self._pooled = pooled
+        self._watched: dict[int, Watched] = {}
+        self._lost: set[int] = set()
+
+    def watch(self, conn: Watched) -> None:
+        """From now on, until it is closed. May be called from any thread."""
+        self._watched[id(conn)] = conn
+
+    async def run(self) -> None:
+        """Look, for ever."""
+        before: dict[int, tuple[int, float]] = {}
+        while True:
+            await asyncio.sleep(TICK)
+            now: dict[int, tuple[int, float]] = {}
+            silent: list[Watched] = []
+            for key, conn in list(self._watched.items()):
+                if conn.closed:
+                    del self._watched[key]
+                    if conn.broken and not self._pooled:
+                        self._lost.add(conn.pid)
+                elif _waiting(conn):
+                    waits, since = before.get(key, (-1, 0.0))
+                    if waits == conn.waits:
+                        silent.append(conn)
+                    else:
+                        since = time.monotonic()
+                    now[key] = (conn.waits, since)
+            before = now
+            if self._pooled:
+                late = time.monotonic() - _POOLED
+                self._cut([conn for conn in silent if now[id(conn)][1] <= late], now)
+            elif silent or self._lost:
+                at_work = await self._at_work([conn.pid for conn in silent])
+                self._cut([conn for conn in silent if conn.pid not in at_work], now)
+
+    async def _at_work(self, pids: list[int]) -> set[int]:
+        """Those of these sessions that are at work on something, asked on a connection of its own."""
+        loop = asyncio.get_running_loop()
+        lost = self._lost - {conn.pid for conn in list(self._watched.values())}
+        try:
+            async with await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True) as conn:
+                enough = loop.call_later(_QUESTION, cut, conn)
+                try:
+                    cur = await conn.execute(_AT_WORK, {"all": [*pids, *lost], "lost": [*lost]}, prepare=False)
+                    found = {pid for (pid,) in await cur.fetchall()}
+                finally:
+                    enough.cancel()
+        except (psycopg.Error, OSError) as exc:
+            self._log.debug("cannot ask the server what it is doing: %s", one_line(exc))
+            return set()
+        self._lost.clear()
+        return found
+
+    def _cut(self, conns: list[Watched], seen: dict[int, tuple[int, float]]) -> None:
+        for conn in conns:
+            if not conn.closed and _waiting(conn) and conn.waits == seen[id(conn)][0]:  # still
+                self._log.info("a statement got no answer, and the server is not at work on it: connection cut off")
+                cut(conn)
+
+
+def _waiting(conn: Watched) -> bool:
+    return conn.pgconn.transaction_status == TransactionStatus.ACTIVE
+
+
+def cut(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
+    """Make whoever waits on this connection get an error at once."""
+    with (
+        contextlib.suppress(OSError, psycopg.Error),  # closed meanwhile
+        socket.socket(fileno=os.dup(conn.fileno())) as its,
+    ):
+        its.shutdown(socket.SHUT_RDWR)
