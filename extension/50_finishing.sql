@@ -54,7 +54,8 @@ begin
                 when e.state = 'completed' then greatest(
                   j.unique_until,
                   v_now + coalesce(
-                    (select t.keep_completed from pgworker.task t where t.identifier = j.task_identifier),
+                    case when (select exists (select from pgworker.task o where o.keep_completed is not null))
+                         then (select t.keep_completed from pgworker.task t where t.identifier = j.task_identifier) end,
                     greatest(coalesce((select s.value from pgworker.setting s where s.name = 'keep_completed'),
                                       pgworker.default_setting('keep_completed'))::interval,
                              case when p_keep or e.result is not null or j.root_id is not null
@@ -69,8 +70,9 @@ begin
               end as keep_until,
               j.locked_by is not null and e.state <> 'completed'
                 and (select pgworker.records()) as records,
-              case when j.locked_by is not null
-                   then (select w.name from pgworker.worker w where w.id = j.locked_by) end as worker_name
+              case when j.locked_by = p_worker_id then (select w.name from pgworker.worker w where w.id = p_worker_id)
+                   when j.locked_by is not null then (select w.name from pgworker.worker w where w.id = j.locked_by)
+              end as worker_name
   ), noted as (
     insert into pgworker.attempt (job_id, started_at, ended_at, worker_id, attempt, outcome, worker_name, error)
     select g.id, g.locked_at, v_now, g.locked_by, g.attempts, case when p_lost then 'rescued' else g.state end,

@@ -85,7 +85,7 @@ class Link:
         """Connect for the first time; psycopg's error as it is when that fails.
 
         A connection that was there and breaks while it is set up is like any other that is lost: it is made anew. One
-        to a standby is too.
+        to a standby, or to a server that is read-only, is too.
         """
         try:
             self._conn = await self._open()
@@ -187,7 +187,7 @@ class Link:
     async def _open(self) -> psycopg.AsyncConnection[Any]:
         conn = await self._database.connect()
         try:
-            await _refuse_standby(conn)
+            await _refuse_read_only(conn)
             if self._setup is not None:
                 await self._setup(conn)
         except BaseException as exc:
@@ -210,8 +210,12 @@ class Link:
         self._database.trouble(self.part, what, exc, worked=self._worked)
 
 
-async def _refuse_standby(conn: psycopg.AsyncConnection[Any]) -> None:
-    """LinkDown for a standby: presence shown to it is seen by nobody, and what is read there may be old."""
-    cur = await conn.execute("select pg_catalog.pg_is_in_recovery()", prepare=False)
-    if await cur.fetchone() == (True,):
-        raise LinkDown("the server is a standby, which cannot be written to", unknown=False)
+async def _refuse_read_only(conn: psycopg.AsyncConnection[Any]) -> None:
+    """LinkDown where nothing can be written: presence shown to a standby is seen by nobody, nothing can be claimed."""
+    cur = await conn.execute(
+        "select pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('transaction_read_only')", prepare=False
+    )
+    standby, read_only = await cur.fetchone() or (False, "off")
+    if standby or read_only == "on":
+        what = "is a standby" if standby else "is read-only"
+        raise LinkDown(f"the server {what}, and cannot be written to", unknown=False)

@@ -75,4 +75,27 @@ class PresenceThread:
             self._loop.close()
 
     async def _there(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+        """Run it in the thread. When cancelled, cancel it there, and return once it has ended: no sooner."""
+        here = asyncio.get_running_loop()
+        ended: asyncio.Future[T] = here.create_future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(coroutine))
+            tasks[0].add_done_callback(lambda task: here.call_soon_threadsafe(end, task))
+
+        def end(task: asyncio.Task[T]) -> None:
+            if task.cancelled():
+                ended.cancel()
+            elif (error := task.exception()) is not None:
+                ended.set_exception(error)
+            else:
+                ended.set_result(task.result())
+
+        self._loop.call_soon_threadsafe(begin)
+        try:
+            return await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            await asyncio.wait({ended})
+            raise

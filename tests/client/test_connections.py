@@ -30,7 +30,8 @@ PARTS = {"claim": "get_jobs|next_run_at", "finish": "finish_jobs", "presence": "
 #: A session of a worker that was refused a claim because it may only read.
 _REFUSED = """
 select pid from pg_stat_activity
-where application_name like 'pgworker %%' and datname = current_database() and query ~ 'get_jobs' and pid <> all (%s)
+where application_name like 'pgworker %%' and datname = current_database() and query ~ 'transaction_read_only'
+  and pid <> all (%s)
 """
 
 

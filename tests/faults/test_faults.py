@@ -42,7 +42,7 @@ def test_a_worker_that_is_started_on_a_standby_waits_until_it_is_promoted(
         Standby(ground.server) as standby,
         running(Worker(standby.dsn(dbname), tasks={"t": handler})),
     ):
-        until(lambda: "the server is a standby, which cannot be written to; trying again" in caplog.text, "a word")
+        until(lambda: "the server is a standby, and cannot be written to; trying again" in caplog.text, "a word")
         standby.promote()
         with psycopg.connect(standby.dsn(dbname), autocommit=True) as conn:
             add_job(conn, "t", 1)

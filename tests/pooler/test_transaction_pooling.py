@@ -170,8 +170,7 @@ def test_workers_go_on_after_the_pooler_was_killed_and_started_again(bouncer: Bo
     runs: list[tuple[int, int]] = []
     workers = [_worker(bouncer, db, runs), _worker(bouncer, db, runs)]
     with _working(*workers) as check:
-        for _ in range(2):
-            wanted = len(runs) + jobs // 4
+        for wanted in (jobs // 4, jobs // 2):
             until(lambda wanted=wanted: len(runs) > wanted, "some runs", timeout=40)  # type: ignore[misc]
             bouncer.kill()
             with pytest.raises(psycopg.OperationalError):
