@@ -3,12 +3,14 @@
 --   cursor_at, cursor_time   times as numbers, for the cursor
 --   know_priorities          makes room in the cursor for priorities that the session has not met before
 --   note_interest            what a worker asks for, for why() and doctor()
+--   unknown_worker           the error for who is not registered
 --   get_jobs, get_job        the public functions
 --   next_run_at              when a sleeping worker should look again
 --
--- Locks: the worker's row FOR KEY SHARE (it cannot be declared dead while it claims), its session's row of interest
--- (nobody else's), then job rows with SKIP LOCKED (a claim never waits for a job). Serial queues are in 45_queues.sql,
--- tasks with limits in 42_limits.sql: this path passes over them like over paused ones.
+-- Locks: its session's row of interest (nobody else's), then job rows with SKIP LOCKED (a claim never waits for a job),
+-- then, if it got any, the worker's row FOR KEY SHARE: it cannot be declared dead while it claims, and whoever does that
+-- waits for nobody's jobs. A claim that finds nothing writes nothing. Serial queues are in 45_queues.sql, tasks with
+-- limits in 42_limits.sql: this path passes over them like over paused ones.
 --
 -- The cursor. A claim changes no indexed column (see 10_schema.sql), so what has been claimed stays in the index until
 -- it is vacuumed, which a long transaction anywhere can put off for hours. A session therefore remembers in the setting
@@ -90,6 +92,17 @@ $$;
 comment on function pgworker.note_interest(bigint, text[], text[]) is
   'Internal: writes down which tasks and flags a worker asks for in this session, if that is not known yet.';
 
+create function pgworker.unknown_worker(p_worker_id bigint) returns void
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using errcode = 'PW002', message = format('worker %s is unknown', coalesce(p_worker_id::text, 'null')),
+    hint = 'Call register_worker() first; a worker that was gone for too long has to register anew.';
+end
+$$;
+comment on function pgworker.unknown_worker(bigint) is 'Internal: raises PW002.';
+
 create function pgworker.get_jobs(
   worker_id bigint, max_jobs int default 1, tasks text[] default null, forbidden_flags text[] default null
 ) returns setof pgworker.claimed_job
@@ -143,8 +156,6 @@ begin
     v_brief := v_cursor[1] = v_whose and v_cursor[4] between 0 and 999;
   end if;
 
-  -- The row lock keeps maintain() from declaring this worker dead between here and our commit: jobs claimed by a worker
-  -- that nobody knows would be given back by nobody.
   select w.lease, w.timeouts as own_timeouts, (select e.last_value from pgworker.epoch e) as epoch,
          t.paused, t.limits, t.timeouts,
          (select array_agg(f.name) from pgworker.forbidden_flag f) as forbidden,
@@ -155,11 +166,9 @@ begin
     select array_agg(s.identifier) filter (where s.paused or s.limited) as paused,
            bool_or(s.limited and not s.paused) as limits, bool_or(s.timeout is not null) as timeouts
     from pgworker.task s) as t
-  where w.id = worker_id
-  for key share of w;
+  where w.id = worker_id;
   if not found then
-    raise exception using errcode = 'PW002', message = format('worker %s is unknown', coalesce(worker_id::text, 'null')),
-      hint = 'Call register_worker() first; a worker that was gone for too long has to register anew.';
+    perform pgworker.unknown_worker(worker_id);
   end if;
 
   v_flags := v_flags || v_worker.forbidden;
@@ -327,13 +336,22 @@ begin
     end if;
   end if;
 
+  if v_left = v_most then
+    return;                                        -- and nothing was written
+  end if;
+  -- The lock on its row keeps maintain() from declaring this worker dead between here and our commit: jobs claimed by a
+  -- worker that nobody knows would be given back by nobody. Whoever did so before us has removed the row.
   return query
   select j.id, j.task_identifier, j.payload, j.attempts::int, j.max_attempts::int, j.queue_name, j.priority::int,
          j.run_at, j.key, j.flags, j.parent_id, j.root_id, j.progress, j.created_at,
          case when v_worker.timeouts then (select t.timeout from pgworker.task t where t.identifier = j.task_identifier) end
-  from pgworker.job j
+  from (select from pgworker.worker w where w.id = get_jobs.worker_id for key share) as known
+  cross join pgworker.job j
   where j.ctid = any (v_tids)
   order by j.priority, j.run_at, j.id;
+  if not found then
+    perform pgworker.unknown_worker(worker_id);
+  end if;
 end
 $$;
 comment on function pgworker.get_jobs(bigint, int, text[], text[]) is

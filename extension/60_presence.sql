@@ -374,8 +374,11 @@ begin
   if cardinality(v_dead) > 0 or pgworker.time_out(v_now) or pgworker.settle_leftovers() or pgworker.prune(v_now) then
     v_next := interval '0';                        -- there may be more; each in a transaction of its own
   end if;
-  -- Last, because it waits for nothing but, a moment, jobs with the same key.
-  v_next := least(v_next, pgworker.run_schedules(v_now));
+  -- Last, because it waits for nothing but, a moment, jobs with the same key; and not while we hold the rows of workers, for
+  -- which a claim of theirs may wait that has just taken such a job.
+  if cardinality(v_dead) = 0 then
+    v_next := least(v_next, pgworker.run_schedules(v_now));
+  end if;
   return greatest(v_next, interval '10 milliseconds');
 end
 $$;

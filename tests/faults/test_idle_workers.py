@@ -36,9 +36,10 @@ def test_an_idle_worker_writes_no_row(dsn: str, db: Db) -> None:
         assert value(db, _WRITTEN) == written
 
 
-def test_presence_in_session_mode_takes_no_transaction_id(db: Db) -> None:
+def test_an_idle_session_takes_no_transaction_id(db: Db) -> None:
     worker = register(db)
-    for call in (f"heartbeat({worker})", "maintain()", "next_run_at('{t}')"):
+    value(db, "select count(*) from pgworker.get_jobs(%s, 10, '{t}')", worker)  # notes what it asks for
+    for call in (f"heartbeat({worker})", "maintain()", f"get_jobs({worker}, 10, '{{t}}')", "next_run_at('{t}')"):
         for _ in range(60):
             with db.transaction():
                 db.execute(f"select pgworker.{call}".encode())
