@@ -405,13 +405,13 @@ comment on table pgworker.interest is
 create table pgworker.deadline (
   look_at   timestamptz not null,
   ends_at   timestamptz not null,
+  locked_at timestamptz not null,
   worker_id bigint      not null,
   timeout   interval    not null,
-  job_ids   bigint[]    not null,
-  attempts  smallint[]  not null
+  job_ids   bigint[]    not null
 );
 comment on table pgworker.deadline is
-  'Runs with a timeout, as they were claimed: one row per claim and timeout. maintain() looks at look_at, at the latest '
+  'Runs with a timeout, as they were claimed (at locked_at): one row per claim and timeout. maintain() looks at look_at, at the latest '
   'after a minute, which of them still run, and takes those away whose time is over (ends_at).';
 create index deadline_look_at on pgworker.deadline (look_at);
 

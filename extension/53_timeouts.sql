@@ -8,7 +8,7 @@
 -- a hung one is as present as ever. Its deadline comes timeout_grace after the timeout, counted from the claim.
 -- There is no index by which overdue jobs could be found in table job, since claims could then not be HOT; so claims of
 -- jobs that have a timeout, and only these, write one row for each timeout among them.
--- Locks: rows of deadline, which only maintain() takes, then job rows by id (SKIP LOCKED: who holds one may be ending it),
+-- Locks: rows of deadline, which only maintain() takes, then job rows by id (lock_free(): who holds one may be ending it),
 -- then what 50_finishing.sql takes.
 
 create function pgworker.check_timeouts(p_timeouts jsonb) returns void
@@ -45,10 +45,10 @@ as $$
 declare
   v_grace constant interval := pgworker.interval_setting('timeout_grace');
 begin
-  insert into pgworker.deadline (look_at, ends_at, worker_id, timeout, job_ids, attempts)
-  select p_now + least(l.longest + v_grace, interval '1 minute'), p_now + l.longest + v_grace, p_worker_id, l.longest,
-         array_agg(l.id), array_agg(l.attempts)
-  from (select j.id, j.attempts,
+  insert into pgworker.deadline (look_at, ends_at, locked_at, worker_id, timeout, job_ids)
+  select p_now + least(l.longest + v_grace, interval '1 minute'), p_now + l.longest + v_grace, p_now, p_worker_id,
+         l.longest, array_agg(l.id)
+  from (select j.id,
                coalesce((p_timeouts ->> j.task_identifier)::float8 * interval '1 second',
                         (select t.timeout from pgworker.task t where t.identifier = j.task_identifier)) as longest
         from pgworker.job j
@@ -68,10 +68,8 @@ set jit = off
 as $$
 declare
   v_ids      bigint[];
-  v_workers  bigint[];
-  v_attempts smallint[];
   v_timeouts interval[];
-  v_looks    bigint;
+  v_held     bigint[];
   v_retry    bigint[];
   v_messages text[];
   v_over     bigint[];
@@ -81,42 +79,40 @@ begin
   with due as (
     delete from pgworker.deadline d
     where d.ctid = any (array(select o.ctid from pgworker.deadline o where o.look_at <= p_now
-                              order by o.look_at limit 100 for update skip locked))
-    returning d.ends_at, d.worker_id, d.timeout, d.job_ids, d.attempts
+                              order by o.look_at limit 1000 for update skip locked))
+    returning d.ends_at, d.locked_at, d.worker_id, d.timeout, d.job_ids
   ), held as materialized (
-    select d.ends_at, d.worker_id, d.timeout, u.id, u.attempt
+    -- The same run: an attempt that is given back does not count, so its number comes again.
+    select d.ends_at, d.locked_at, d.worker_id, d.timeout, u.id
     from due d
-    cross join lateral unnest(d.job_ids, d.attempts) as u(id, attempt)
+    cross join lateral unnest(d.job_ids) as u(id)
     where exists (select from pgworker.job j
-                  where j.id = u.id and j.locked_by = d.worker_id and j.attempts = u.attempt offset 0)
+                  where j.id = u.id and j.locked_by = d.worker_id and j.locked_at = d.locked_at offset 0)
   ), later as (
     -- What is overdue is looked at once more, too: somebody may hold its row just now.
-    insert into pgworker.deadline (look_at, ends_at, worker_id, timeout, job_ids, attempts)
+    insert into pgworker.deadline (look_at, ends_at, locked_at, worker_id, timeout, job_ids)
     select case when h.ends_at > p_now then least(h.ends_at, p_now + interval '1 minute')
-                else p_now + interval '1 second' end, h.ends_at, h.worker_id, h.timeout, array_agg(h.id), array_agg(h.attempt)
+                else p_now + interval '1 second' end, h.ends_at, h.locked_at, h.worker_id, h.timeout, array_agg(h.id)
     from held h
-    group by h.ends_at, h.worker_id, h.timeout
+    group by h.ends_at, h.locked_at, h.worker_id, h.timeout
   )
-  select array_agg(h.id) filter (where h.ends_at <= p_now), array_agg(h.worker_id) filter (where h.ends_at <= p_now),
-         array_agg(h.attempt) filter (where h.ends_at <= p_now), array_agg(h.timeout) filter (where h.ends_at <= p_now),
-         (select count(*) from due)
-  into v_ids, v_workers, v_attempts, v_timeouts, v_looks
-  from held h;
+  select array_agg(h.id), array_agg(h.timeout) into v_ids, v_timeouts
+  from held h where h.ends_at <= p_now;
   if v_ids is null then
-    return v_looks = 100;
+    return false;
   end if;
 
+  v_held := pgworker.lock_free(v_ids);
   with overdue as materialized (
-    select l.id, u.worker_id, l.ends_as, l.cancel_reason, l.again,
+    select j.id, j.locked_by as worker_id, j.ends_as, j.cancel_reason, j.attempts < j.max_attempts as again,
            format('timed out after %s s; worker %s did not stop it', trim_scale(extract(epoch from u.timeout)),
-                  u.worker_id || coalesce(' (' || w.name || ')', '')) as error
-    from unnest(v_ids, v_workers, v_attempts, v_timeouts) as u(id, worker_id, attempt, timeout)
-    cross join lateral (
-      select j.id, j.ends_as, j.cancel_reason, j.attempts < j.max_attempts as again
-      from pgworker.job j
-      where j.id = u.id and j.locked_by = u.worker_id and j.attempts = u.attempt
-      for update skip locked) as l
-    left join pgworker.worker w on w.id = u.worker_id
+                  j.locked_by || coalesce(' (' || w.name || ')', '')) as error
+    from unnest(v_ids, v_timeouts) as u(id, timeout)
+    cross join lateral (select o.id, o.locked_by, o.ends_as, o.cancel_reason, o.attempts, o.max_attempts
+                        from pgworker.job o
+                        where o.id = u.id and o.id = any (v_held) and o.locked_at <= p_now - u.timeout offset 0) as j
+    left join pgworker.worker w on w.id = j.locked_by
+    where j.locked_by is not null
   ), told as (
     insert into pgworker.notice (worker_id, job_id, notice)
     select o.worker_id, o.id, 'lost' from overdue o
@@ -141,4 +137,4 @@ end
 $$;
 comment on function pgworker.time_out(timestamptz) is
   'Internal: attempts that should have ended long since fail, and their workers are told that they have lost them. True '
-  'if something of the kind was done, or there may be more to look at.';
+  'if that was done.';

@@ -95,6 +95,12 @@ class Claimer:
         self._hinted = True
         self._wakened.set()
 
+    def unsure(self) -> None:
+        """The answer to a claim, or to a report that gives jobs back, is lost: look for what we hold unknowingly."""
+        self._reconcile_at = time.monotonic()
+        self._reconcile_after = list(_RECONCILE_AFTER)
+        self._wakened.set()
+
     def room(self) -> None:
         """There may be room for more jobs."""
         self._wakened.set()
@@ -111,6 +117,7 @@ class Claimer:
         certain = False
         while not self._closing:
             self._wakened.clear()
+            self._give_back_stale()
             await self._reconcile()
             wanted = self._wanted()
             if not wanted:
@@ -163,6 +170,9 @@ class Claimer:
         feed.low = max(1, len(feed.jobs) // 2 + 1)
         await self._pause(_STALE / 4 if feed.jobs else self._settings.poll_interval)
         feed.low = 0
+
+    def _give_back_stale(self) -> None:
+        feed = self._feed
         if feed.jobs and feed.oldest() > _STALE:
             rows = feed.take_all()
             self._log.info("%d claimed jobs go back: nobody had time to start them", len(rows))
@@ -176,8 +186,7 @@ class Claimer:
             rows = await self._link.fetch(_CLAIM, (worker_id, wanted, self._tasks, self._flags), binary=True)
         except LinkDown as down:
             if down.unknown:
-                self._reconcile_at = time.monotonic()
-                self._reconcile_after = list(_RECONCILE_AFTER)
+                self.unsure()
             return None
         except psycopg.Error as exc:
             if exc.sqlstate != UNKNOWN_WORKER:
@@ -192,6 +201,8 @@ class Claimer:
         """Sleep until the next look: soon after lying down, then at the poll interval or when a job becomes due."""
         longest = _LOOK_AGAIN[fruitless] if fruitless < len(_LOOK_AGAIN) else self._settings.poll_interval
         longest = min(longest, self._settings.poll_interval)
+        if self._feed.jobs:
+            longest = min(longest, _STALE / 4)
         if not self._hinted:
             try:
                 ((due,),) = await self._link.fetch(_NEXT, (self._tasks,))

@@ -33,8 +33,8 @@ _LONGEST = 1e9
 class Engine:
     """The parts of a running worker.
 
-    Three connections: one claims and listens, one reports, one is present, so that none of them waits for another. The
-    last belongs to a thread of its own (in lease mode with a fourth, for maintain()).
+    Four connections: one claims and listens, one reports, one is present, one maintains, so that none of them waits for
+    another. The last two belong to a thread of their own.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class Engine:
         self._connections = HandlerConnections(database, settings.concurrency)
         self._hooks = Hooks(hooks, state, name, log) if hooks.by_event else None
         around = Surroundings(state, log, self._finish_link, self._connections, loop, self._hooks)
-        self._finisher = Finisher(self._finish_link, log, self._hooks, self._flushed)
+        self._finisher = Finisher(
+            self._finish_link, log, self._hooks, self._flushed, on_unsure=lambda: self._claimer.unsure()
+        )
         self._feed = Feed(loop, self._room)
         wrap = compose(middleware)
         self._processes = ProcessPool(settings.concurrency)
@@ -83,6 +85,7 @@ class Engine:
             },
             on_worker_id=self._new_worker_id,
             on_notice=self._notice,
+            on_unsure=self._claimer.unsure,
         )
         self._stops = 0
         self._stopping = asyncio.Event()
@@ -168,7 +171,9 @@ class Engine:
                 self._interrupting.set()
         await self._drain(claiming, finishing)
         await self._presence.leave()
-        await asyncio.wait((present,))
+        await asyncio.wait((present,), timeout=_LAST_WAIT)
+        present.cancel()  # whatever it still waits for
+        await asyncio.wait((present,), timeout=_LAST_WAIT)
         dead = dead or _dead(self._parts)
         self._log.info("worker stopped")
         if self._hooks is not None:

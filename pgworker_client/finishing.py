@@ -28,11 +28,20 @@ class Finisher:
     so that it counts once at most.
     """
 
-    def __init__(self, link: Link, log: Log, hooks: Hooks | None, on_flushed: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        log: Log,
+        hooks: Hooks | None,
+        on_flushed: Callable[[bool], None],
+        on_unsure: Callable[[], None],
+    ) -> None:
         self._link = link
         self._log = log
         self._hooks = hooks
         self._on_flushed = on_flushed
+        #: Called when nobody knows any more whether jobs have been given back.
+        self._on_unsure = on_unsure
         self.outbox = Outbox(0)
         #: Whether the loop sleeps and must be woken; runners look at it after every job.
         self.asleep = False
@@ -103,7 +112,12 @@ class Finisher:
         try:
             rows = await self._link.fetch(report.QUERY, report.params(worker_id))
         except LinkDown as down:
-            self._under_way[0] = (worker_id, report, again or down.unknown)
+            if down.unknown and isinstance(report, Released):
+                # Not sent again: what was given back may have been claimed anew by then, in the same attempt.
+                self._under_way.popleft()
+                self._on_unsure()
+            else:
+                self._under_way[0] = (worker_id, report, again or down.unknown)
             return False
         except psycopg.Error as exc:
             self._under_way.popleft()

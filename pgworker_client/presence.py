@@ -28,7 +28,8 @@ PROTOCOL = 1
 #: Seconds that the farewell may take.
 _LEAVE = 5.0
 _HEARTBEAT = "select job_id, notice from pgworker.heartbeat(%s)"
-_BEAT = 1.0
+#: Seconds between heartbeats: a job that is cancelled is told so within a second.
+_BEAT = 0.5
 
 #: What the server says when there is no schema, no function of that name, or no right to use them.
 _ABSENT = ("3F000", "42883", "42501", "42P01")
@@ -46,6 +47,7 @@ class Presence:
         *,
         on_worker_id: Callable[[int], None],
         on_notice: Callable[[int, str], None],
+        on_unsure: Callable[[], None],
         watch: LoopWatch,
     ) -> None:
         self._settings = settings
@@ -53,12 +55,12 @@ class Presence:
         self._timeouts = json.dumps(timeouts) if timeouts else None
         self._on_worker_id = on_worker_id
         self._on_notice = on_notice
+        self._on_unsure = on_unsure
         self._watch = watch
         self.worker_id: int | None = None
         self._link = Link("presence", database, setup=self._arrive)
-        # A lease must be renewed while maintain() takes its time; where presence is the session itself, nothing is
-        # lost when a heartbeat has to wait for it.
-        self._maintain_link = Link("maintain", database) if settings.pooled else self._link
+        # Its own: heartbeats go on while maintain() takes its time.
+        self._maintain_link = Link("maintain", database)
         self._leaving = asyncio.Event()
         self._parts: list[asyncio.Task[None]] = []
         self._beat_every = min(_BEAT, settings.lease / 3) if settings.lease else _BEAT
@@ -135,7 +137,12 @@ class Presence:
         rows = self._watch.look()
         if rows and self.worker_id is not None:
             released = Released(rows)
-            await self._link.fetch(released.QUERY, released.params(self.worker_id))
+            try:
+                await self._link.fetch(released.QUERY, released.params(self.worker_id))
+            except LinkDown as down:
+                if not down.unknown:
+                    raise
+                self._on_unsure()
         self._watch.given_back()
 
     async def _maintain_on(self) -> None:

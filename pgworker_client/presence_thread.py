@@ -34,6 +34,7 @@ class PresenceThread:
         *,
         on_worker_id: Callable[[int], None],
         on_notice: Callable[[int, str], None],
+        on_unsure: Callable[[], None],
     ) -> None:
         here = asyncio.get_running_loop()
 
@@ -48,6 +49,7 @@ class PresenceThread:
             timeouts,
             on_worker_id=lambda worker_id: call(on_worker_id, worker_id),
             on_notice=lambda job_id, notice: call(on_notice, job_id, notice),
+            on_unsure=lambda: call(on_unsure),
             watch=LoopWatch(call, feed, log),
         )
         self._loop = asyncio.new_event_loop()

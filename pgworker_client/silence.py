@@ -27,42 +27,55 @@ _QUESTION = 10.0
 #: those of handlers, which may be meant to be long, any number.
 _POOLED = 40.0
 
-#: Which sessions are at work, of those that we wait for. One that waits for us is ended, and so is one whose connection
-#: we have lost, if the server has not noticed: what it has locked would stay so. After a failover its number may be
-#: somebody else's: hence the name.
+#: Which of the sessions that we wait for have been at work in the last `TICK` seconds. Sessions whose connection we
+#: have lost are ended, if the server has not noticed: what they have locked would stay so. After a failover such a
+#: number may be somebody else's: hence the name.
 _AT_WORK = """
-with ours as materialized (
-  select a.pid, a.pid = any (%(lost)s::int[]) or a.state like 'idle%%' as useless
-  from pg_catalog.pg_stat_activity a
-  where a.pid = any (%(all)s::int[]) and a.application_name = pg_catalog.current_setting('application_name')
-)
-select o.pid from ours o where not case when o.useless then pg_catalog.pg_terminate_backend(o.pid) else false end
+select a.pid
+from pg_catalog.pg_stat_activity a
+where a.pid = any (%(waiting)s::int[])
+  and (a.state not like 'idle%%' or a.state_change > pg_catalog.clock_timestamp() - %(tick)s * interval '1 second')
+union all
+select a.pid
+from pg_catalog.pg_stat_activity a
+where case when a.pid = any (%(lost)s::int[])
+             and a.application_name = pg_catalog.current_setting('application_name')
+           then not pg_catalog.pg_terminate_backend(a.pid) else false end
 """
 
 
 class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
-    """A connection that counts how often it began to wait for the server, and remembers its session when it is lost."""
+    """A connection that tells whether it waits for the server, and how often it began to; ``pid`` is its session."""
 
     waits = 0
-    #: The server's number of the session; 0 as long as it is not known.
+    waiting = False
     pid = 0
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's."""
         self.waits += 1
-        return super().wait(*args, **kwargs)
+        self.waiting = True
+        try:
+            return super().wait(*args, **kwargs)
+        finally:
+            self.waiting = False
 
 
 class WatchedAsyncConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     """The same for coroutines."""
 
     waits = 0
+    waiting = False
     pid = 0
 
     async def wait(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's."""
         self.waits += 1
-        return await super().wait(*args, **kwargs)
+        self.waiting = True
+        try:
+            return await super().wait(*args, **kwargs)
+        finally:
+            self.waiting = False
 
 
 Watched = WatchedConnection | WatchedAsyncConnection
@@ -110,20 +123,30 @@ class Silence:
                 self._cut([conn for conn in silent if conn.pid not in at_work], now)
 
     async def _at_work(self, pids: list[int]) -> set[int]:
-        """Those of these sessions that are at work on something, asked on a connection of its own."""
+        """Those of these sessions that are at work on something, asked on a connection of its own.
+
+        None is if there is no answer; all are if somebody answers but does not let us ask.
+        """
         loop = asyncio.get_running_loop()
         lost = self._lost - {conn.pid for conn in list(self._watched.values())}
+        unanswered = False
+
+        def give_up(conn: psycopg.AsyncConnection[Any]) -> None:
+            nonlocal unanswered
+            unanswered = True
+            cut(conn)
+
         try:
             async with await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True) as conn:
-                enough = loop.call_later(_QUESTION, cut, conn)
+                enough = loop.call_later(_QUESTION, give_up, conn)
                 try:
-                    cur = await conn.execute(_AT_WORK, {"all": [*pids, *lost], "lost": [*lost]}, prepare=False)
+                    cur = await conn.execute(_AT_WORK, {"waiting": pids, "lost": [*lost], "tick": TICK}, prepare=False)
                     found = {pid for (pid,) in await cur.fetchall()}
                 finally:
                     enough.cancel()
         except (psycopg.Error, OSError) as exc:
             self._log.debug("cannot ask the server what it is doing: %s", one_line(exc))
-            return set()
+            return set() if unanswered or isinstance(exc, psycopg.errors.ConnectionTimeout) else set(pids)
         self._lost.clear()
         return found
 
@@ -135,7 +158,7 @@ class Silence:
 
 
 def _waiting(conn: Watched) -> bool:
-    return conn.pgconn.transaction_status == TransactionStatus.ACTIVE
+    return conn.waiting and conn.pgconn.transaction_status == TransactionStatus.ACTIVE
 
 
 def cut(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:

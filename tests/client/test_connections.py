@@ -24,7 +24,7 @@ Db = psycopg.Connection[Any]
 Start = Callable[[Worker], Background]
 
 #: The connections of a worker, and what the statement that each ran last looks like.
-PARTS = {"claim": "get_jobs|next_run_at", "finish": "finish_jobs", "presence": "heartbeat|maintain"}
+PARTS = {"claim": "get_jobs|next_run_at", "finish": "finish_jobs", "presence": "heartbeat", "maintain": "maintain"}
 
 
 #: A session of a worker that was refused a claim because it may only read.

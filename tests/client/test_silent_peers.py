@@ -12,7 +12,7 @@ from psycopg.conninfo import make_conninfo
 
 from pgworker_client import BlockingContext, Context, Worker, add_job, add_jobs, schema
 from pgworker_client.embedded import EmbeddedServer
-from tests.calling import value
+from pgworker_client.silence import Silence
 from tests.client.background import running
 from tests.faults.proxy import Proxy
 from tests.waiting import until, until_gone, until_row
@@ -91,7 +91,18 @@ def test_a_handler_whose_connection_falls_silent_fails_its_attempt_and_holds_nob
     assert db.execute("select count(*) from held").fetchone() == (1,)
 
 
-def test_a_statement_that_the_server_is_at_work_on_is_waited_for(dsn: str, db: Db) -> None:
+def test_a_statement_that_the_server_is_at_work_on_is_waited_for(
+    dsn: str, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[set[int], set[int]]] = []
+    at_work = Silence._at_work
+
+    async def asking(self: Silence, pids: list[int]) -> set[int]:
+        found = await at_work(self, pids)
+        asked.append((set(pids), found))
+        return found
+
+    monkeypatch.setattr(Silence, "_at_work", asking)
 
     async def handler(_payload: Any, ctx: Context) -> int:
         async with ctx.connection() as conn:
@@ -103,9 +114,8 @@ def test_a_statement_that_the_server_is_at_work_on_is_waited_for(dsn: str, db: D
         job = add_job(db, "t")
         until_row(db, "select 1 from pg_locks where locktype = 'advisory' and not granted")
         # It is asked about, again and again.
-        for _ in range(3):
-            until(lambda: _asks(db), "a question")
-            until(lambda: not _asks(db), "its answer")
+        until(lambda: sum(bool(pids) for pids, _ in asked) >= 3, "three questions")
+        assert all(pids <= found for pids, found in asked)
         db.execute("select pg_advisory_unlock(42)")
         until_row(db, "select 1 from pgworker.jobs where id = %s and state = 'completed' and result = '1'", job.id)
 
@@ -133,8 +143,3 @@ def test_the_server_is_told_to_notice_soon_that_a_workers_host_is_gone(server: E
         add_jobs(conn, [{"identifier": "t"}] * 2)
         Worker(dsn, tasks={"t": handler}, concurrency=1).run_once()
     assert seen == [(seen[0][0], ["10", "3", "20000"])] * 2  # on one connection, which was cleaned between
-
-
-def _asks(db: Db) -> bool:
-    """Whether somebody asks, at this moment, what others are at work on."""
-    return bool(value(db, "select exists (select from pg_stat_activity where query ~ 'with [o]urs as')"))

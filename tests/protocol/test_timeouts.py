@@ -104,6 +104,35 @@ def test_a_run_of_another_attempt_is_not_taken_for_the_overdue_one(db: Conn) -> 
     assert state(db, job) == "scheduled"
 
 
+def test_a_run_after_one_that_was_given_back_has_its_own_time(db: Conn) -> None:
+    """Its attempt does not count, so the next one has the same number."""
+    at(db, 0)
+    worker = _register(db, '{"a": 5}')
+    job = add(db, "a", run_at=PAST)["id"]
+    claim(db, worker)
+    call(db, "release_jobs", worker, [job])
+    at(db, 10)
+    assert claim_ids(db, worker) == [job]
+    maintain(db, 16)
+    assert (state(db, job), seen(db, job)["attempts"]) == ("running", 1)
+    maintain(db, 26)
+    assert state(db, job) == "scheduled"
+
+
+def test_a_parent_that_waited_for_its_children_has_its_own_time(db: Conn) -> None:
+    at(db, 0)
+    worker = _register(db, '{"parent": 5}')
+    parent = add(db, "parent", run_at=PAST)["id"]
+    claim(db, worker)
+    (child,) = call(db, "add_children", worker, parent, '[{"identifier": "child"}]')
+    assert value(db, "select pgworker.wait_for_children(%s, %s)", worker, parent)
+    call(db, "complete_jobs", [child["id"]])
+    at(db, 10)
+    assert claim_ids(db, worker) == [parent]
+    maintain(db, 16)
+    assert state(db, parent) == "running"
+
+
 def test_the_last_attempt_fails_for_good_and_the_parent_hears_of_it(db: Conn) -> None:
     at(db, 0)
     ids = plant(db, node("root", node("a", max_attempts=1, run_at=PAST)))
