@@ -182,7 +182,8 @@ def test_a_worker_role_can_speak_the_whole_protocol(db: Conn, connect: Connectio
     db.execute("insert into pgworker.setting values ('allow_fake_now', 'on')")
     call(db, "schedule_job", "s", "@yearly", "from the schedule")
     call(hand, "fake_now", value(db, "select next_tick from pgworker.schedules"))
-    call(hand, "maintain")  # which runs what it may not touch
+    for _ in range(2):  # first it gives up the worker whose lease is over by then
+        call(hand, "maintain")  # which runs what it may not touch
     assert value(db, "select count(*) from pgworker.jobs where task_identifier = 'from the schedule'") == 1
     call(hand, "fake_now", None)
     call(hand, "unregister_worker", worker)
