@@ -67,15 +67,23 @@ def handle(payload, ctx):
 '''
 
 _HOLD = '''
+import psycopg
+
 def handle(payload, ctx):
-    """The first time, wait until told to stop, and tell that."""
+    """The first time, wait until told to stop, and tell that, if need be on a connection that was not cut off."""
     if ctx.job.attempts == 1:
         ctx.cancelled.wait()
-    with ctx.connection() as conn:
-        if ctx.job.attempts == 1:
-            conn.execute("insert into public.told values (%s)", (ctx.job.id,))
-        conn.execute("insert into public.run (n, job_id, attempt, raised) values (%s, %s, %s, %s)",
-                     (payload, ctx.job.id, ctx.job.attempts, ctx.job.attempts == 1))
+    for last in (False, False, True):
+        try:
+            with ctx.connection() as conn:
+                if ctx.job.attempts == 1:
+                    conn.execute("insert into public.told values (%s)", (ctx.job.id,))
+                conn.execute("insert into public.run (n, job_id, attempt, raised) values (%s, %s, %s, %s)",
+                             (payload, ctx.job.id, ctx.job.attempts, ctx.job.attempts == 1))
+            return
+        except psycopg.OperationalError:
+            if last:
+                raise
 '''
 
 _TASKS = {"record": _RECORD, "once": _ONCE, "again": _AGAIN, "parent": _PARENT, "hold": _HOLD}
