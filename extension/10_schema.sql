@@ -411,8 +411,8 @@ create table pgworker.deadline (
   job_ids   bigint[]    not null
 );
 comment on table pgworker.deadline is
-  'Runs with a timeout, as they were claimed (at locked_at): one row per claim and timeout. maintain() looks at look_at, at the latest '
-  'after a minute, which of them still run, and takes those away whose time is over (ends_at).';
+  'Runs with a timeout, as they were claimed (at locked_at): one row per claim and timeout. maintain() looks at look_at, '
+  'at the latest after a minute, which of them still run, and takes those away whose time is over (ends_at).';
 create index deadline_look_at on pgworker.deadline (look_at);
 
 create table pgworker.notice (

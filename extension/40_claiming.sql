@@ -92,16 +92,19 @@ $$;
 comment on function pgworker.note_interest(bigint, text[], text[]) is
   'Internal: writes down which tasks and flags a worker asks for in this session, if that is not known yet.';
 
-create function pgworker.unknown_worker(p_worker_id bigint) returns void
+create function pgworker.unknown_worker(
+  p_worker_id bigint,
+  p_hint text default 'Call register_worker() first; a worker that was gone for too long has to register anew.'
+) returns void
 language plpgsql immutable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise exception using errcode = 'PW002', message = format('worker %s is unknown', coalesce(p_worker_id::text, 'null')),
-    hint = 'Call register_worker() first; a worker that was gone for too long has to register anew.';
+    hint = p_hint;
 end
 $$;
-comment on function pgworker.unknown_worker(bigint) is 'Internal: raises PW002.';
+comment on function pgworker.unknown_worker(bigint, text) is 'Internal: raises PW002.';
 
 create function pgworker.get_jobs(
   worker_id bigint, max_jobs int default 1, tasks text[] default null, forbidden_flags text[] default null

@@ -104,7 +104,7 @@ begin
 
   v_held := pgworker.lock_free(v_ids);
   with overdue as materialized (
-    select j.id, j.locked_by as worker_id, j.ends_as, j.cancel_reason, j.attempts < j.max_attempts as again,
+    select j.id, j.ends_as, j.cancel_reason, j.attempts < j.max_attempts as again,
            format('timed out after %s s; worker %s did not stop it', trim_scale(extract(epoch from u.timeout)),
                   j.locked_by || coalesce(' (' || w.name || ')', '')) as error
     from unnest(v_ids, v_timeouts) as u(id, timeout)
@@ -113,10 +113,6 @@ begin
                         where o.id = u.id and o.id = any (v_held) and o.locked_at <= p_now - u.timeout offset 0) as j
     left join pgworker.worker w on w.id = j.locked_by
     where j.locked_by is not null
-  ), told as (
-    insert into pgworker.notice (worker_id, job_id, notice)
-    select o.worker_id, o.id, 'lost' from overdue o
-    on conflict on constraint notice_pkey do update set notice = 'lost'
   )
   select array_agg(o.id) filter (where o.ends_as is null and o.again),
          array_agg(o.error) filter (where o.ends_as is null and o.again),
@@ -125,6 +121,7 @@ begin
          array_agg(coalesce(o.cancel_reason, o.error)) filter (where o.ends_as is not null or not o.again)
   into v_retry, v_messages, v_over, v_states, v_errors
   from overdue o;
+  perform pgworker.tell_lost(v_retry || v_over);
   -- What goes back first: if it is a sibling of what fails for good, it is then cancelled with the others.
   if v_retry is not null then
     perform pgworker.retry_later(v_retry, v_messages, null, null);

@@ -6,6 +6,7 @@
 --   heartbeat           it is still there, and learns what it must stop
 --   unregister_worker   it goes
 --   held_jobs           what it holds, if it has lost count
+--   tell_lost           what it will hear that it holds no more
 --   give_back           its jobs go back, whatever the reason
 --   forget_workers      workers that hold nothing any more
 --   prune               finished jobs whose time is over
@@ -93,9 +94,8 @@ declare
 begin
   select w.lease into v_lease from pgworker.worker w where w.id = heartbeat.worker_id;
   if not found then
-    raise exception using errcode = 'PW002',
-      message = format('worker %s is unknown', coalesce(heartbeat.worker_id::text, 'null')),
-      hint = 'It was gone for too long and its jobs were given back: register anew.';
+    perform pgworker.unknown_worker(
+      heartbeat.worker_id, 'It was gone for too long and its jobs were given back: register anew.');
   end if;
   if v_lease is not null then
     update pgworker.worker w set lease_until = pgworker.clock() + w.lease where w.id = heartbeat.worker_id;
@@ -123,6 +123,25 @@ $$;
 comment on function pgworker.heartbeat(bigint) is
   'Renews the presence of a worker (its lease, or from a new session its session lock) and says which of its jobs are to '
   'be stopped (cancel, until it has ended them) or are no longer its own (lost, once). Raises PW002 for an unknown worker.';
+
+create function pgworker.tell_lost(p_ids bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+begin
+  insert into pgworker.notice (worker_id, job_id, notice)
+  select w.id, j.id, 'lost'
+  from pgworker.job j
+  join pgworker.worker w on w.id = j.locked_by
+  where j.id = any (p_ids)
+  on conflict (worker_id, job_id) do update set notice = 'lost';
+end
+$$;
+comment on function pgworker.tell_lost(bigint[]) is
+  'Internal: the workers that hold these jobs, whose rows the caller has locked, will hear from heartbeat() that they have '
+  'lost them.';
 
 -- Gives jobs of workers back: those named, or all that they hold. p_refund: the attempt does not count, it was never
 -- started or was stopped in good order. Otherwise a job whose attempts are used up fails with what happened to its worker
@@ -162,12 +181,7 @@ begin
   -- Noted first, while the rows still say who held them. Whoever lives, or cannot be forgotten yet because somebody has a
   -- row of its locked, and comes back, learns what it has lost.
   if not p_refund then
-    insert into pgworker.notice (worker_id, job_id, notice)
-    select w.id, j.id, 'lost'
-    from pgworker.job j
-    join pgworker.worker w on w.id = j.locked_by
-    where j.id = any (v_ids)
-    on conflict (worker_id, job_id) do update set notice = 'lost';
+    perform pgworker.tell_lost(v_ids);
   end if;
   update pgworker.job j
   set last_error = format('worker %s %s',
@@ -255,9 +269,8 @@ declare
 begin
   select w.lease into v_lease from pgworker.worker w where w.id = unregister_worker.worker_id for update;
   if not found then
-    raise exception using errcode = 'PW002',
-      message = format('worker %s is unknown', coalesce(unregister_worker.worker_id::text, 'null')),
-      hint = 'It was unregistered before, or was gone for too long; nothing is left to be done.';
+    perform pgworker.unknown_worker(
+      unregister_worker.worker_id, 'It was unregistered before, or was gone for too long; nothing is left to be done.');
   end if;
   perform pgworker.give_back(array[unregister_worker.worker_id], null, true, null);
   if not pgworker.forget_workers(array[unregister_worker.worker_id]) then

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from psycopg.conninfo import make_conninfo
 
+from tests.faults.fleet import Fleet
 from tests.faults.ground import Ground
 from tests.faults.proxy import Proxy
 from tests.faults.standby import Standby
@@ -33,18 +36,14 @@ def promoted(_ground: Ground, trial: Trial) -> None:
 def switched(_ground: Ground, trial: Trial) -> None:
     """The same behind a proxy that leads to the replica before it is promoted."""
     primary = trial.server
-    with (
-        Standby(primary) as standby,
-        Proxy(primary) as proxy,
-        trial.fleet(proxy.dsn(trial.dbname, "worker"), 2, "-v") as fleet,
-    ):
+    with Standby(primary) as standby, Proxy(primary) as proxy, _behind(proxy, trial) as fleet:
         trial.underway()
         standby.catch_up()
         with trial.fault():
             proxy.target = standby
             proxy.reset()
             primary.stop("fast")
-            until(lambda: fleet.all_say("standby"), "the workers meet the standby", timeout=60)
+            _meet_the_standby(fleet)
             standby.promote()
             trial.server = standby
         trial.finish()
@@ -53,15 +52,19 @@ def switched(_ground: Ground, trial: Trial) -> None:
 def on_a_standby(_ground: Ground, trial: Trial) -> None:
     """For a while the workers' connections lead to a standby, while the primary lives on."""
     primary = trial.server
-    with (
-        Standby(primary) as standby,
-        Proxy(primary) as proxy,
-        trial.fleet(proxy.dsn(trial.dbname, "worker"), 2, "-v") as fleet,
-    ):
+    with Standby(primary) as standby, Proxy(primary) as proxy, _behind(proxy, trial) as fleet:
         trial.underway()
         with trial.fault():
             proxy.target = standby
             proxy.reset()
-            until(lambda: fleet.all_say("standby"), "the workers meet the standby", timeout=60)
+            _meet_the_standby(fleet)
             proxy.target = primary
         trial.finish()
+
+
+def _behind(proxy: Proxy, trial: Trial) -> AbstractContextManager[Fleet]:
+    return trial.fleet(proxy.dsn(trial.dbname, "worker"), 2, "-v")
+
+
+def _meet_the_standby(fleet: Fleet) -> None:
+    until(lambda: fleet.all_say("standby"), "the workers meet the standby", timeout=60)
