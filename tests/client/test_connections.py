@@ -27,7 +27,6 @@ Start = Callable[[Worker], Background]
 PARTS = {"claim": "get_jobs|next_run_at", "finish": "finish_jobs", "presence": "heartbeat", "maintain": "maintain"}
 
 
-
 def pid_of(db: Db, part: str) -> int:
     """The backend of that connection of the only worker."""
     row = until_row(
