@@ -313,7 +313,7 @@ begin
   v_roots := array(select f.id from pgworker.finished f
                    where f.id = any (v_old) and f.root_id is not null and f.keep_until < p_now);
   v_nodes := array(select f.id from pgworker.finished f
-                   where f.root_id = any (v_roots) and f.parent_id is not null limit 1000);
+                   where f.root_id = any (v_roots) and f.parent_id is not null limit 1000 for update skip locked);
   delete from pgworker.finished f where f.id = any (v_nodes);
   delete from pgworker.dependency d where d.job_id = any (v_nodes);
   with gone as (

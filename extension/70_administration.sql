@@ -324,9 +324,12 @@ begin
       hint = 'Known cleanup tasks: delete_failed_jobs, gc_task_identifiers, gc_job_queues.';
   end if;
   if 'delete_failed_jobs' = any (cleanup.tasks) then
-    -- Trees go as a whole, when they have failed as a whole.
-    delete from pgworker.finished f where f.state = 'failed' and f.root_id is null
-      and (f.unique_until is null or f.unique_until <= pgworker.clock());
+    -- Trees go as a whole, when they have failed as a whole. What somebody has locked is being retried, or goes already.
+    delete from pgworker.finished f
+    where f.ctid = any (array(
+      select o.ctid from pgworker.finished o
+      where o.state = 'failed' and o.root_id is null and (o.unique_until is null or o.unique_until <= pgworker.clock())
+      for update skip locked));
     perform pgworker.forget(array_agg(f.id), array_agg(f.id))
     from pgworker.finished f
     where f.state = 'failed' and f.root_id = f.id

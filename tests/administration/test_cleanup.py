@@ -27,6 +27,21 @@ def test_cleaning_up_forgets_failed_jobs_and_no_others(tx: Conn) -> None:
     assert value(tx, "select count(*) from pgworker.jobs") == 7
 
 
+def test_failed_jobs_that_are_being_retried_are_neither_waited_for_nor_forgotten(
+    db: Conn, connect: Connections
+) -> None:
+    """Whoever waited for one while holding another could be waited for by who retries both."""
+    failed = [job_in(db, "failed") for _ in range(3)]
+    retrying = connect(autocommit=False)
+    call(retrying, "retry_jobs", [failed[1]])
+    db.execute("set lock_timeout = '1 s'")
+    cleaned(db, "delete_failed_jobs")
+    assert rows(db, "select id from pgworker.jobs") == [{"id": failed[1]}]
+    retrying.rollback()
+    cleaned(db, "delete_failed_jobs")
+    assert rows(db, "select id from pgworker.jobs") == []
+
+
 def test_queues_in_use_or_paused_survive_a_cleanup(tx: Conn) -> None:
     worker = register(tx)
     running, waiting, gone = (add(tx, queue_name=name)["id"] for name in ("running", "pending", "gone"))

@@ -8,6 +8,7 @@ import pytest
 
 from tests.calling import Conn, add, call, state, value
 from tests.clock import move_clock
+from tests.connections import Connections
 from tests.trees.planting import complete, fail, grow, node, only, plant, start, states, stored
 
 DAY = "24 hours"
@@ -51,6 +52,23 @@ def test_a_completed_tree_is_kept_a_day_and_goes_as_a_whole(db: Conn) -> None:
     later(db, "23 hours")
     assert None not in states(db, ids).values()
     later(db, "2 hours")
+    assert stored(db) == [0, 0, 0, 0, 0]
+
+
+def test_a_node_that_is_being_retried_is_not_waited_for_when_its_tree_has_had_its_time(
+    db: Conn, connect: Connections
+) -> None:
+    ids = plant(db, node("root", node("a", on_failure="ignore"), node("b")))
+    fail(db, ids["a"])
+    complete(db, ids["b"])
+    complete(db, ids["root"])
+    retrying = connect(autocommit=False)
+    call(retrying, "retry_jobs", [ids["a"]])
+    db.execute("set lock_timeout = '1 s'")
+    later(db, "2 days")
+    assert states(db, ids)["a"] == "failed"
+    retrying.rollback()
+    later(db, "1 s")
     assert stored(db) == [0, 0, 0, 0, 0]
 
 
