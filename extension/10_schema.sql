@@ -345,6 +345,7 @@ create table pgworker.task (
     fair or max_concurrency is not null or max_concurrency_per_key is not null
     or rate_limit is not null or rate_limit_per_key is not null) stored
 );
+create index task_rules on pgworker.task (identifier) where paused or limited or timeout is not null;
 create index task_keep_completed on pgworker.task (identifier) where keep_completed is not null;
 comment on table pgworker.task is
   'Settings of tasks; null is the default, and a task without settings has no row. looked_at: when maintain() last looked '

@@ -2,6 +2,7 @@
 --
 --   wake          tells sleeping workers that something is due
 --   wake_to_sweep the same for what lies behind the cursors
+--   wake_at       either, by the time of the job
 --   add_job       the public function, in three overloads: payload as jsonb, as json, as text
 --   trigger_job   a ready trigger function
 --
@@ -11,35 +12,29 @@
 -- Sleepers hold an advisory lock (1886874483, 0) shared. A producer that gets it exclusively, for the moment of this
 -- call, knows that nobody sleeps and spares itself the NOTIFY, which would hold a cluster-wide lock until commit.
 -- Two producers that try at the same instant disturb each other: the cost is one needless notification.
-create function pgworker.wake() returns void
-language plpgsql volatile parallel unsafe
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if current_setting('pgworker.woken', true) = 'yes' then
-    return;                                        -- once a transaction; the setting is local to it
-  end if;
+create function pgworker.wake() returns boolean
+language sql volatile parallel unsafe
+return case
+  when current_setting('pgworker.woken', true) = 'yes' then false  -- once a transaction; the setting is local to it
   -- Taken and let go in one expression, so that nothing can come between.
-  if not (case when pg_try_advisory_lock(1886874483, 0) then pg_advisory_unlock(1886874483, 0) else false end) then
-    perform set_config('pgworker.woken', 'yes', true);
-    perform pg_notify('pgworker', '');
-  end if;
-end
-$$;
+  when case when pg_try_advisory_lock(1886874483, 0) then pg_advisory_unlock(1886874483, 0) else false end then false
+  when set_config('pgworker.woken', 'yes', true) = 'yes' then pg_notify('pgworker', '') is not null
+end;
 comment on function pgworker.wake() is
-  'Internal: notifies channel pgworker at commit, at most once a transaction, and only when a worker may be asleep.';
+  'Internal: notifies channel pgworker at commit, at most once a transaction, and only when a worker may be asleep. True '
+  'if it did.';
 
-create function pgworker.wake_to_sweep() returns void
-language plpgsql volatile parallel unsafe
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform nextval('pgworker.epoch');
-  perform pgworker.wake();
-end
-$$;
+create function pgworker.wake_to_sweep() returns boolean
+language sql volatile parallel unsafe
+return case when nextval('pgworker.epoch') is not null then pgworker.wake() end;
 comment on function pgworker.wake_to_sweep() is
   'Internal: work has appeared behind the cursors of sessions: the next claim of each looks everywhere, and sleepers wake.';
+
+create function pgworker.wake_at(p_run_at timestamptz, p_now timestamptz) returns boolean
+language sql volatile parallel unsafe
+return case when p_run_at < p_now then pgworker.wake_to_sweep() else pgworker.wake() end;
+comment on function pgworker.wake_at(timestamptz, timestamptz) is
+  'Internal: a job has appeared that is due, perhaps since before now, and so behind the cursors.';
 
 create function pgworker.add_job(
   identifier   text,
@@ -61,6 +56,8 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
+  v_now     constant timestamptz := pgworker.clock(now());
+  v_clock   constant timestamptz := pgworker.clock();
   v_invalid text;
   v_id      bigint;
   v_row     pgworker.jobs;
@@ -72,6 +69,27 @@ begin
     perform pgworker.refuse_argument(v_invalid, add_job.identifier, add_job.queue_name, add_job.max_attempts,
                                      add_job.job_key, add_job.priority, add_job.flags, add_job.job_key_mode,
                                      add_job.run_at, add_job.limit_key, add_job.unique_for, add_job.debounce_max);
+  end if;
+  if add_job.job_key is null then
+    -- By far the most frequent case, in as few statements as possible: the columns are those of the view live.
+    insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, priority, flags,
+                                   created_at, limit_key, lane)
+    select nextval('pgworker.job_id'), add_job.identifier, coalesce(nullif(add_job.payload, 'null'), '{}'),
+           add_job.queue_name, least(coalesce(add_job.run_at, v_now), v_now + add_job.debounce_max),
+           coalesce(add_job.max_attempts, t.max_attempts, 25),
+           coalesce(add_job.priority, 0), nullif(add_job.flags, '{}'), v_now, add_job.limit_key,
+           case when t.limited then pgworker.lane(t.keyed, add_job.limit_key, add_job.queue_name) end
+    from (select) as one
+    left join pgworker.task t on t.identifier = add_job.identifier
+    returning j.id, j.task_identifier, j.queue_name, pgworker.job_state(null, false, j.run_at, v_clock), j.payload,
+              j.priority::int, j.run_at, j.attempts::int, j.max_attempts::int, j.last_error, j.key, j.revision, j.flags,
+              j.parent_id, j.root_id, j.name, j.on_failure, j.progress, null::jsonb, j.locked_at, j.locked_by,
+              j.created_at, null::timestamptz, j.locked_at, j.limit_key, j.unique_until
+    into v_row;
+    if v_row.run_at <= v_clock then
+      perform pgworker.wake_at(v_row.run_at, v_now);
+    end if;
+    return v_row;
   end if;
   loop
     v_id := pgworker.put_job(null, add_job.identifier, add_job.payload, add_job.queue_name, add_job.run_at,

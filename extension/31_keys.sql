@@ -20,7 +20,7 @@ $$;
 comment on function pgworker.unique_job(text, timestamptz) is
   'Internal: the first job, live or finished, whose unique_for window with this key is open; null if there is none.';
 
--- What a job key meets, and what then happens:
+-- What a job key meets, and what then happens (jobs without one are simply inserted, see add_job):
 --   nothing: insert. Pending: updated in place. Running: that run loses key and retries, a new job is inserted.
 -- Each statement sees what has been committed until it starts, and waits for who holds the row, so a claim, a finish
 -- or another add_job that comes between two of them sends us round the loop once more.
@@ -107,11 +107,7 @@ begin
   end loop;
 
   if v_due <= pgworker.clock() then
-    -- A time in the past puts the job behind the cursors of the sessions that claim.
-    if v_due < v_now then
-      perform nextval('pgworker.epoch');
-    end if;
-    perform pgworker.wake();
+    perform pgworker.wake_at(v_due, v_now);
   end if;
   return v_id;
 end

@@ -8,8 +8,9 @@
 --   next_run_at              when a sleeping worker should look again
 --
 -- Locks: its session's row of interest (nobody else's), then job rows with SKIP LOCKED (a claim never waits for a job),
--- then, if it got any, the worker's row FOR KEY SHARE: it cannot be declared dead while it claims, and whoever does that
--- waits for nobody's jobs. A claim that finds nothing writes nothing. Serial queues are in 45_queues.sql, tasks with
+-- then, if it got any, the worker's row FOR KEY SHARE: it cannot be declared dead between here and our commit (jobs claimed
+-- by a worker that nobody knows would be given back by nobody), and whoever does that waits for nobody's jobs; who did so
+-- before us has removed the row, and nothing is claimed. A claim that finds nothing writes nothing. Serial queues are in 45_queues.sql, tasks with
 -- limits in 42_limits.sql: this path passes over them like over paused ones.
 --
 -- The cursor. A claim changes no indexed column (see 10_schema.sql), so what has been claimed stays in the index until
@@ -17,6 +18,7 @@
 -- pgworker.cursor how far it has come, and starts there: the cost of a claim does not grow with what lies behind. The
 -- setting is no row: not versioned, not contended, undone by rollback, gone with the session. It is a list of numbers
 --
+--   0 when to try brief claims again
 --   1 whose   2 epoch   3 time of last sweep   4 cost of last sweep   5 turn
 --   then for each known priority, ascending:
 --   6 priority   7 run_at   8 id   9 run_at in queues   10 id in queues
@@ -27,8 +29,12 @@
 -- began before and committed after the cursor had passed, a row that was locked and rolled back, work given back) is
 -- found by a sweep, a claim from the very start. Sweeps happen when the epoch moved, when a claim finds nothing, and
 -- every 250 ms, but not so often that more than a twentieth of the time goes into them (a quarter when there is a reason
--- to look: a moved epoch, or nothing found; when both are so, always, unless a sweep takes more than 100 ms); where a sweep
--- takes less than a millisecond every claim is one.
+-- to look: a moved epoch, or nothing found; when both are so, always, unless a sweep takes more than 100 ms).
+--
+-- Where a sweep takes less than a millisecond every claim is one; and if there are no queued jobs, no limits and no
+-- timeouts it is a brief one: one statement over all priorities, which neither needs nor moves the cursor. That may meet
+-- a million jobs of the future, which the others leap over. So after one that took longer than a millisecond, for a
+-- hundred times as long none is tried.
 --
 -- The planner must walk the claim indexes in their order whatever the statistics say, hence the settings of get_jobs:
 -- they hold for the plans made in it and in what it calls, which are kept for the session.
@@ -121,18 +127,23 @@ as $$
 declare
   v_now     constant timestamptz := pgworker.clock();
   v_most    constant int := least(max_jobs, 1000000);
-  v_flags   text[] := nullif(get_jobs.forbidden_flags, '{}');
-  v_text    text := current_setting('pgworker.cursor', true);
   v_whose   constant bigint := (hashtext(concat_ws(' ', worker_id, tasks::text, '/', forbidden_flags::text))
                                & 2147483647)::bigint;
-  v_margin  constant bigint := pgworker.cursor_at(v_now - interval '1 second');
-  v_asleep  constant boolean := coalesce(current_setting('pgworker.asleep', true), '') = 'yes';
+  v_flags   text[] := nullif(get_jobs.forbidden_flags, '{}');
+  v_text    text := current_setting('pgworker.cursor', true);
+  v_asleep  boolean := coalesce(current_setting('pgworker.asleep', true), '') = 'yes';
   v_cursor  bigint[];
+  v_not_before bigint;
   v_worker  record;
+  v_paused  text[];            -- these, and limited ones, are passed over
+  v_limits  boolean := false;
+  v_timeouts boolean := false;
+  v_forbidden text[];
   v_sweeps  boolean;
   v_brief   boolean := false;
-  v_first   int;
-  v_last    int;
+  v_epoch   bigint;
+  v_margin  bigint;
+  v_priority int;
   v_from    timestamptz;
   v_behind  bigint;
   v_started timestamptz;
@@ -156,48 +167,88 @@ begin
 
   if hashtext(split_part(v_text, '#', 1))::text = split_part(v_text, '#', 2) then
     v_cursor := string_to_array(split_part(v_text, '#', 1), ' ')::bigint[];
-    v_brief := v_cursor[1] = v_whose and v_cursor[4] between 0 and 999;
+    v_not_before := v_cursor[1];
+    v_cursor := v_cursor[2:];
+    v_started := clock_timestamp();                -- a variable, so that cursor_at is inlined
+    v_brief := (v_cursor[1] = v_whose and v_cursor[4] between 0 and 999
+                and v_not_before - pgworker.cursor_at(v_started) not between 1 and 86400000000) is true;
   end if;
 
-  select w.lease, w.timeouts as own_timeouts, (select e.last_value from pgworker.epoch e) as epoch,
-         t.paused, t.limits, t.timeouts,
-         (select array_agg(f.name) from pgworker.forbidden_flag f) as forbidden,
-         v_brief and not exists (select from pgworker.job j where j.queue_name > '' and j.lane is null and not j.waiting) as brief
+  select w.lease, w.timeouts,
+         exists (select from pgworker.task t where t.paused or t.limited or t.timeout is not null)
+         or exists (select from pgworker.forbidden_flag f) as rules,
+         v_brief and exists (select from pgworker.job j
+                             where j.queue_name > '' and j.lane is null and not j.waiting) as queued
   into v_worker
   from pgworker.worker w
-  cross join lateral (
-    select array_agg(s.identifier) filter (where s.paused or s.limited) as paused,
-           bool_or(s.limited and not s.paused) as limits, bool_or(s.timeout is not null) as timeouts
-    from pgworker.task s) as t
   where w.id = worker_id;
   if not found then
     perform pgworker.unknown_worker(worker_id);
   end if;
-
-  v_flags := v_flags || v_worker.forbidden;
-  if v_worker.limits then
-    select h.ids, h.priorities, h.run_ats into v_limited, v_priorities, v_run_ats
-    from pgworker.limited_heads(v_now, v_most, tasks, v_flags) h;
-    v_worker.brief := v_worker.brief and v_limited is null;
+  if v_worker.rules then
+    select array_agg(t.identifier) filter (where t.paused or t.limited),
+           coalesce(bool_or(t.limited and not t.paused), false), coalesce(bool_or(t.timeout is not null), false),
+           (select array_agg(f.name) from pgworker.forbidden_flag f)
+    into v_paused, v_limits, v_timeouts, v_forbidden
+    from pgworker.task t;
+    v_flags := v_flags || v_forbidden;
   end if;
+  v_brief := v_brief and not (v_worker.queued or v_limits or v_timeouts) and v_worker.timeouts is null;
 
-  if v_cursor[1] is distinct from v_whose then
-    perform pgworker.note_interest(worker_id, tasks, forbidden_flags);
-    v_cursor := array[v_whose, v_worker.epoch, 0, -1, 0];
-    v_sweeps := true;
-  else
-    v_started := clock_timestamp();                -- a variable, so that cursor_at is inlined
-    v_elapsed := pgworker.cursor_at(v_started) - v_cursor[3];
-    v_sweeps := v_elapsed < 0 or v_elapsed > greatest(250000, 20 * v_cursor[4])
-                or v_brief or (v_cursor[2] <> v_worker.epoch and (v_cursor[4] < 20000 or v_elapsed > 3 * v_cursor[4]));
-  end if;
-
-  loop
+  if v_brief then
+    -- Nothing is due but a few jobs in no queue and without limits: all that matters is how few statements it takes.
+    v_not_before := null;
     v_started := clock_timestamp();
-    v_left := v_most;
-    v_tids := '{}';
+    return query
+    with picked as materialized (
+      select j.ctid as tid
+      from pgworker.job j
+      where j.queue_name is null and j.lane is null and not j.waiting
+        and j.run_at <= v_now and j.locked_by is null
+        and (get_jobs.tasks is null or j.task_identifier = any (get_jobs.tasks))
+        and (v_paused is null or j.task_identifier <> all (v_paused))
+        and (v_flags is null or j.flags is null or not j.flags && v_flags)
+      order by j.priority, j.run_at, j.id
+      limit v_most
+      for update skip locked
+    ), known as materialized (
+      select from pgworker.worker w where w.id = get_jobs.worker_id and exists (select from picked) for key share
+    ), claimed as (
+      update pgworker.job j
+      set locked_at = v_now, locked_by = get_jobs.worker_id, attempts = j.attempts + 1
+      where j.ctid = any (array(select p.tid from picked p)) and exists (select from known)
+      returning j.id, j.task_identifier, j.payload, j.attempts::int, j.max_attempts::int, j.queue_name, j.priority::int,
+                j.run_at, j.key, j.flags, j.parent_id, j.root_id, j.progress, j.created_at, null::interval
+    )
+    select c.* from claimed c order by c.priority, c.run_at, c.id;
+    get diagnostics v_left = row_count;
+    v_left := v_most - v_left;
+    v_ended := clock_timestamp();
+    if v_ended > v_started + interval '1 millisecond' then
+      v_not_before := pgworker.cursor_at(v_ended + 100 * (v_ended - v_started));
+    end if;
+  else
+    select e.last_value into v_epoch from pgworker.epoch e;
+    if v_limits then
+      select h.ids, h.priorities, h.run_ats into v_limited, v_priorities, v_run_ats
+      from pgworker.limited_heads(v_now, v_most, tasks, v_flags) h;
+    end if;
+    if v_cursor[1] is distinct from v_whose then
+      perform pgworker.note_interest(worker_id, tasks, forbidden_flags);
+      v_cursor := array[v_whose, v_epoch, 0, -1, 0];
+      v_sweeps := true;
+    else
+      v_elapsed := pgworker.cursor_at(v_started) - v_cursor[3];
+      v_sweeps := v_elapsed < 0 or v_elapsed > greatest(250000, 20 * v_cursor[4]) or v_cursor[4] < 1000
+                  or (v_cursor[2] <> v_epoch and (v_cursor[4] < 20000 or v_elapsed > 3 * v_cursor[4]));
+    end if;
+    v_margin := pgworker.cursor_at(v_now - interval '1 second');
 
-    if not v_worker.brief then
+    loop
+      v_started := clock_timestamp();
+      v_left := v_most;
+      v_tids := '{}';
+
       -- Two questions. Are there priorities in the gaps between those that this session knows? (Dead index entries of
       -- priorities that only others serve can make that dear: then it waits for sweeps, whose cost it counts in.) And is
       -- there anything for serial queues: jobs between cursor and now, or a queue that came free since?
@@ -246,7 +297,7 @@ begin
         end loop;
       end if;
       if v_queues then
-        v_queued := pgworker.claim_queued(worker_id, v_now, v_most, tasks, v_flags, v_worker.paused, v_sweeps, v_cursor,
+        v_queued := pgworker.claim_queued(worker_id, v_now, v_most, tasks, v_flags, v_paused, v_sweeps, v_cursor,
                                           v_limited, v_priorities, v_run_ats);
         v_cursor := v_queued.moved;
         v_tids := v_queued.tids;
@@ -254,74 +305,70 @@ begin
       end if;
       if v_limited is not null and v_left > 0 then
         v_tids := v_tids || pgworker.claim_limited(worker_id, v_now, v_left, v_limited, v_priorities, v_run_ats, tasks,
-                                                   v_flags, v_worker.paused, v_cursor);
+                                                   v_flags, v_paused, v_cursor);
         v_left := v_most - cardinality(v_tids);
       end if;
-    end if;
 
-    -- Priority after priority, each from its place in the cursor; in brief, all of them at once.
-    for k in 6 .. case when v_worker.brief then 6 else cardinality(v_cursor) end by 5 loop
-      exit when v_left = 0;
-      v_first := case when v_worker.brief then -32769 else v_cursor[k]::int end;
-      v_last := case when v_worker.brief then 32767 else v_cursor[k]::int end;
-      v_from := case when v_worker.brief then '-infinity' else pgworker.cursor_time(v_cursor[k + 1]) end;
-      v_behind := case when v_worker.brief then 0 else v_cursor[k + 2] end;
-      with picked as materialized (
-        select j.ctid as tid
-        from pgworker.job j
-        where j.queue_name is null and j.lane is null and not j.waiting
-          and (j.priority, j.run_at, j.id) > (v_first, v_from, v_behind)
-          and (j.priority, j.run_at) <= (v_last, v_now) and j.run_at <= v_now
-          and j.locked_by is null
-          and (get_jobs.tasks is null or j.task_identifier = any (get_jobs.tasks))
-          and (v_worker.paused is null or j.task_identifier <> all (v_worker.paused))
-          and (v_flags is null or j.flags is null or not j.flags && v_flags)
-        order by j.priority, j.run_at, j.id
-        limit v_left
-        for update skip locked
-      ), claimed as (
-        update pgworker.job j
-        set locked_at = v_now, locked_by = get_jobs.worker_id, attempts = j.attempts + 1
-        where j.ctid = any (array(select p.tid from picked p))
-        returning j.ctid as tid, j.run_at, j.id
-      )
-      select array_agg(c.tid) as tids, max(c.run_at) as run_at, (array_agg(c.id))[count(*)] as id
-      into v_range
-      from (select c.tid, c.run_at, c.id from claimed c order by c.run_at, c.id) as c;
-      if v_range.tids is not null then
-        v_tids := v_tids || v_range.tids;
-        v_left := v_left - cardinality(v_range.tids);
-        continue when v_worker.brief;
-        v_cursor[k + 1] := pgworker.cursor_at(v_range.run_at);
-        v_cursor[k + 2] := v_range.id;
+      -- Priority after priority, each from its place in the cursor.
+      for k in 6 .. cardinality(v_cursor) by 5 loop
+        exit when v_left = 0;
+        v_priority := v_cursor[k]::int;
+        v_from := pgworker.cursor_time(v_cursor[k + 1]);
+        v_behind := v_cursor[k + 2];
+        with picked as materialized (
+          select j.ctid as tid
+          from pgworker.job j
+          where j.queue_name is null and j.lane is null and not j.waiting
+            and (j.priority, j.run_at, j.id) > (v_priority, v_from, v_behind)
+            and (j.priority, j.run_at) <= (v_priority, v_now)
+            and j.locked_by is null
+            and (get_jobs.tasks is null or j.task_identifier = any (get_jobs.tasks))
+            and (v_paused is null or j.task_identifier <> all (v_paused))
+            and (v_flags is null or j.flags is null or not j.flags && v_flags)
+          order by j.priority, j.run_at, j.id
+          limit v_left
+          for update skip locked
+        ), claimed as (
+          update pgworker.job j
+          set locked_at = v_now, locked_by = get_jobs.worker_id, attempts = j.attempts + 1
+          where j.ctid = any (array(select p.tid from picked p))
+          returning j.ctid as tid, j.run_at, j.id
+        )
+        select array_agg(c.tid) as tids, max(c.run_at) as run_at, (array_agg(c.id))[count(*)] as id
+        into v_range
+        from (select c.tid, c.run_at, c.id from claimed c order by c.run_at, c.id) as c;
+        if v_range.tids is not null then
+          v_tids := v_tids || v_range.tids;
+          v_left := v_left - cardinality(v_range.tids);
+          v_cursor[k + 1] := pgworker.cursor_at(v_range.run_at);
+          v_cursor[k + 2] := v_range.id;
+        end if;
+        if v_left > 0 and v_cursor[k + 1] < v_margin then
+          -- All that is due has been passed. Not up to now: transactions take a moment to commit.
+          v_cursor[k + 1] := v_margin;
+          v_cursor[k + 2] := 0;
+        end if;
+      end loop;
+
+      if v_sweeps then
+        -- The very first sweep of a session pays for making plans: its cost says nothing.
+        v_ended := clock_timestamp();
+        v_cursor[4] := case when v_cursor[4] < 0 then 0
+                            else (extract(epoch from v_ended - v_started) * 1000000)::bigint end;
+        v_cursor[3] := pgworker.cursor_at(v_ended);
+        v_cursor[2] := v_epoch;
       end if;
-      if v_left > 0 and not v_worker.brief and v_cursor[k + 1] < v_margin then
-        -- All that is due has been passed. Not up to now: transactions take a moment to commit.
-        v_cursor[k + 1] := v_margin;
-        v_cursor[k + 2] := 0;
-      end if;
+      exit when v_sweeps or v_left < v_most
+                or not (v_cursor[4] < case when v_cursor[2] <> v_epoch then 100000 else 5000 end
+                        or v_elapsed > 3 * v_cursor[4]);
+      v_sweeps := true;                              -- nothing from the cursor on: look whether something lies behind it
     end loop;
+  end if;
 
-    if v_sweeps then
-      -- The very first sweep of a session pays for making plans: its cost says nothing.
-      v_ended := clock_timestamp();
-      v_cursor[4] := case when v_cursor[4] < 0 then 0
-                          else (extract(epoch from v_ended - v_started) * 1000000)::bigint end;
-      v_cursor[3] := pgworker.cursor_at(v_ended);
-      v_cursor[2] := v_worker.epoch;
-    end if;
-    exit when v_sweeps or v_left < v_most
-              or not (v_cursor[4] < case when v_cursor[2] <> v_worker.epoch then 100000 else 5000 end
-                      or v_elapsed > 3 * v_cursor[4]);
-    v_sweeps := true;                              -- nothing from the cursor on: look whether something lies behind it
-  end loop;
-
-  -- Two hundred priorities are remembered; whoever uses more pays with more probes.
-  v_text := array_to_string(v_cursor[1:1005], ' ');
-  perform set_config('pgworker.cursor', v_text || '#' || hashtext(v_text), false);
-
-  if (v_worker.timeouts or v_worker.own_timeouts is not null) and v_left < v_most then
-    perform pgworker.note_deadlines(worker_id, v_worker.own_timeouts, v_tids, v_now);
+  if not v_brief or v_not_before is not null then
+    -- Two hundred priorities are remembered; whoever uses more pays with more probes.
+    v_text := array_to_string(coalesce(v_not_before, 0) || v_cursor[1:1005], ' ');
+    v_text := set_config('pgworker.cursor', v_text || '#' || hashtext(v_text), false);
   end if;
 
   -- Whoever found nothing is taken to lie down until its next claim finds something, and shows it with an advisory lock
@@ -331,23 +378,25 @@ begin
   if v_worker.lease is null then
     if v_left < v_most then
       if v_asleep then
-        perform pg_advisory_unlock_shared(1886874483, 0), set_config('pgworker.asleep', '', false);
+        v_asleep := pg_advisory_unlock_shared(1886874483, 0);
+        v_text := set_config('pgworker.asleep', '', false);
       end if;
     elsif not v_asleep and pg_try_advisory_lock_shared(1886874483, 0) then
       -- Tried, not waited for: a producer may be testing at this moment, and whoever found nothing looks again soon.
-      perform set_config('pgworker.asleep', 'yes', false);
+      v_text := set_config('pgworker.asleep', 'yes', false);
     end if;
   end if;
 
-  if v_left = v_most then
-    return;                                        -- and nothing was written
+  if v_brief or v_left = v_most then
+    return;
   end if;
-  -- The lock on its row keeps maintain() from declaring this worker dead between here and our commit: jobs claimed by a
-  -- worker that nobody knows would be given back by nobody. Whoever did so before us has removed the row.
+  if v_timeouts or v_worker.timeouts is not null then
+    perform pgworker.note_deadlines(worker_id, v_worker.timeouts, v_tids, v_now);
+  end if;
   return query
   select j.id, j.task_identifier, j.payload, j.attempts::int, j.max_attempts::int, j.queue_name, j.priority::int,
          j.run_at, j.key, j.flags, j.parent_id, j.root_id, j.progress, j.created_at,
-         case when v_worker.timeouts then (select t.timeout from pgworker.task t where t.identifier = j.task_identifier) end
+         case when v_timeouts then (select t.timeout from pgworker.task t where t.identifier = j.task_identifier) end
   from (select from pgworker.worker w where w.id = get_jobs.worker_id for key share) as known
   cross join pgworker.job j
   where j.ctid = any (v_tids)

@@ -16,13 +16,16 @@ Conn = psycopg.Connection[Any]
 
 _INSERT = """
 insert into pgworker.job (run_at, created_at, priority, task_identifier, payload, queue_name, key)
-select now() - interval '1 hour' + n * interval '1 microsecond', now(), %(priority)s, %(task)s, '{}', %(queue)s, null
+select now() + %(hours)s * interval '1 hour' + n * interval '1 microsecond', now(), %(priority)s, %(task)s, '{}',
+       %(queue)s, null
 from generate_series(1, %(jobs)s) n
 """
 
 
-def _fill(conn: Conn, jobs: int, *, task: str = "t", queue: str | None = None, priority: int = 0) -> None:
-    conn.execute(_INSERT, {"jobs": jobs, "task": task, "queue": queue, "priority": priority})
+def _fill(
+    conn: Conn, jobs: int, *, task: str = "t", queue: str | None = None, priority: int = 0, hours: int = -1
+) -> None:
+    conn.execute(_INSERT, {"jobs": jobs, "task": task, "queue": queue, "priority": priority, "hours": hours})
 
 
 def _nothing(conn: Conn) -> None:
@@ -103,6 +106,18 @@ def _cost(conn: Conn, worker: int, tasks: list[str] | None = None, claims: int =
     return min(seen)
 
 
+def test_claims_that_met_many_jobs_of_the_future_leap_over_them_for_a_while(db: Conn) -> None:
+    """A brief claim looks at all of them, takes long, and is not tried again for a hundred times as long."""
+    worker = register(db)
+    assert claim_ids(db, worker) == []
+    _fill(db, 200_000, hours=24)
+    seen = []
+    for _ in range(12):
+        add(db, "mine")
+        seen.append(buffers(db, "select * from pgworker.get_jobs(%s, 1)", worker))
+    assert len([pages for pages in seen if pages > 500]) <= 1, seen
+
+
 def _dead_entries(conn: Conn) -> None:
     _fill(conn, 100_000)
     conn.execute("delete from pgworker.job")
@@ -119,11 +134,16 @@ def _behind_a_busy_queue(conn: Conn) -> None:
 
 
 def _in_many_queues(conn: Conn) -> None:
-    conn.execute(_INSERT.replace("%(queue)s", "'q' || n"), {"jobs": 10_000, "task": "foreign", "priority": 0})
+    conn.execute(
+        _INSERT.replace("%(queue)s", "'q' || n"), {"jobs": 10_000, "task": "foreign", "priority": 0, "hours": -1}
+    )
 
 
 def _behind_many_busy_queues(conn: Conn) -> None:
-    conn.execute(_INSERT.replace("%(queue)s", "'q' || mod(n, 2000)"), {"jobs": 20_000, "task": "mine", "priority": 0})
+    conn.execute(
+        _INSERT.replace("%(queue)s", "'q' || mod(n, 2000)"),
+        {"jobs": 20_000, "task": "mine", "priority": 0, "hours": -1},
+    )
     worker = register(conn)
     while claim_ids(conn, worker, 1_000):
         pass

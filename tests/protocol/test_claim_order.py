@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.calling import PAST, Conn, add, call, claim, claim_ids, register, rows, seen, value, values
+from tests.cursors import sweeps_cost
 
 CLAIMED_JOB = (
     "id", "task_identifier", "payload", "attempts", "max_attempts", "queue_name", "priority", "run_at", "key", "flags",
@@ -66,14 +67,6 @@ def test_queued_and_unqueued_jobs_are_one_order(tx: Conn, max_jobs: int, seed: i
     assert drain(tx, register(tx), max_jobs) == in_claim_order(tx)
 
 
-def sweeps_are_cheap(conn: Conn) -> None:
-    """Let the session believe so: looking behind the cursor is rationed by what it costs, much on a busy machine."""
-    conn.execute(
-        "select set_config('pgworker.cursor', array_to_string(array_cat((c)[1:3] || '0'::text, (c)[5:]), ' '), false) "
-        "from string_to_array(current_setting('pgworker.cursor'), ' ') c"
-    )
-
-
 @pytest.mark.parametrize("queued", [False, True])
 def test_a_job_added_later_with_a_lower_number_comes_first_at_once(db: Conn, queued: bool) -> None:
     worker = register(db)
@@ -81,10 +74,10 @@ def test_a_job_added_later_with_a_lower_number_comes_first_at_once(db: Conn, que
     assert claim_ids(db, worker) == later[:1]
     for priority in (-5, -3, -5, -32768, -4):  # seen before or not, between others or before them
         urgent = add(db, priority=priority, queue_name=f"urgent{random.random()}" if queued else None)["id"]
-        sweeps_are_cheap(db)
+        sweeps_cost(db, 0)
         assert claim_ids(db, worker) == [urgent]
     between, most = (add(db, priority=p, queue_name=f"two{p}" if queued else None)["id"] for p in (-1, -9))
-    sweeps_are_cheap(db)
+    sweeps_cost(db, 0)
     assert claim_ids(db, worker, 2) == [most, between]
     assert claim_ids(db, worker, 10) == later[1:]
 
@@ -95,14 +88,14 @@ def test_a_job_added_later_with_an_earlier_time_comes_first_at_once(db: Conn, qu
     first = [add(db, queue_name=f"q{n}" if queued else None)["id"] for n in range(4)]
     assert claim_ids(db, worker) == first[:1]
     earlier = add(db, run_at=PAST, queue_name="e1" if queued else None)["id"]
-    sweeps_are_cheap(db)
+    sweeps_cost(db, 0)
     assert claim_ids(db, worker) == [earlier]
     a_moment_ago = value(
         db,
         "select (pgworker.add_job('a', run_at := now() - interval '1 minute', queue_name := %s)).id",
         "e2" if queued else None,
     )
-    sweeps_are_cheap(db)
+    sweeps_cost(db, 0)
     assert claim_ids(db, worker, 10) == [a_moment_ago, *first[1:]]
 
 
@@ -137,10 +130,10 @@ def test_fifty_priorities_are_served_completely_and_in_order(db: Conn, max_jobs:
     )
     expected = in_claim_order(db)
     assert drain(db, worker, max_jobs) == expected
-    sweeps_are_cheap(db)
+    sweeps_cost(db, 0)
     late = add(db, priority=24, queue_name="late" if queued else None)["id"]
     assert claim_ids(db, worker, 10) == [late]
-    sweeps_are_cheap(db)
+    sweeps_cost(db, 0)
     first = add(db, priority=-26, queue_name="first" if queued else None)["id"]
     last = add(db, priority=32767, queue_name="last" if queued else None)["id"]
     assert claim_ids(db, worker, 10) == [first, last]
@@ -156,7 +149,7 @@ def test_priorities_that_have_run_dry_leave_room_for_others(db: Conn) -> None:
             low + 59,
         )
         if low:
-            sweeps_are_cheap(db)
+            sweeps_cost(db, 0)
         assert drain(db, worker, 8) == ids
 
 

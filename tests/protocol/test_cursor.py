@@ -6,6 +6,7 @@ import pytest
 
 from tests.calling import Conn, add, call, claim, claim_ids, register, value
 from tests.connections import Connections
+from tests.cursors import numbers
 from tests.waiting import until
 
 GARBLED = [
@@ -37,13 +38,13 @@ def test_a_garbled_cursor_is_ignored(tx: Conn, garbled: str) -> None:
     all_of(tx, worker, ids)
 
 
-@pytest.mark.parametrize("position", range(10))
+@pytest.mark.parametrize("position", range(11))
 def test_a_cursor_with_a_senseless_number_hides_no_job_for_long(tx: Conn, position: int) -> None:
     worker = register(tx)
     add(tx)
     assert len(claim_ids(tx, worker)) == 1
-    good = value(tx, "select current_setting('pgworker.cursor')").split()
-    assert len(good) == 10
+    good = numbers(tx)
+    assert len(good) == 11
     for senseless in [*BIGINTS, ""]:
         ids = {add(tx)["id"], add(tx, queue_name=f"q{senseless}")["id"]}
         garbled = " ".join([*good[:position], str(senseless), *good[position + 1 :]])
@@ -56,7 +57,7 @@ def test_a_cursor_that_was_cut_off_is_ignored(tx: Conn, entries: int) -> None:
     worker = register(tx)
     add(tx)
     assert len(claim_ids(tx, worker)) == 1
-    good = value(tx, "select current_setting('pgworker.cursor')").split()
+    good = numbers(tx)
     ids = {add(tx)["id"], add(tx, queue_name="q")["id"]}
     tx.execute("select set_config('pgworker.cursor', %s, false)", [" ".join((good + good)[:entries])])
     all_of(tx, worker, ids)

@@ -1,0 +1,29 @@
+"""What a session that claims remembers: the numbers in the setting pgworker.cursor, which carry their own hash."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+
+Conn = psycopg.Connection[Any]
+
+#: Where among them: since when, and for how many microseconds, the last sweep went on.
+SWEPT, COST = 3, 4
+
+
+def numbers(conn: Conn) -> list[str]:
+    """Return the numbers; none before the first claim."""
+    row = conn.execute("select split_part(current_setting('pgworker.cursor', true), '#', 1)").fetchone()
+    return row[0].split(" ") if row and row[0] else []
+
+
+def sweeps_cost(conn: Conn, microseconds: int) -> None:
+    """Let the session believe that it looked everywhere just now, at that cost; below 1,000 every claim does."""
+    if seen := numbers(conn):
+        row = conn.execute("select pgworker.cursor_at(clock_timestamp())").fetchone()
+        assert row is not None
+        seen[SWEPT], seen[COST] = str(row[0]), str(microseconds)
+        seen[0] = "0"
+        text = " ".join(seen)
+        conn.execute("select set_config('pgworker.cursor', %s || '#' || hashtext(%s), false)", [text, text])
