@@ -32,7 +32,11 @@ declare
   v_names text[];
   v_held  bigint[];
   v_limited bigint[];
+  v_said  text;
 begin
+  -- For settle(), a trigger of this very statement and of none that another trigger may execute.
+  v_said := set_config('pgworker.completing',
+                       case when 'completed' = all (p_states) then (pg_trigger_depth() + 1)::text else '' end, true);
   with ending as materialized (
     select e.id, e.state, e.error, e.result, e.cause_id, e.attempt
     from unnest(p_ids, p_states, p_errors, p_results, p_causes, p_attempts) as e(id, state, error, result, cause_id, attempt)
@@ -100,6 +104,9 @@ begin
          array_agg(g.id) filter (where g.lane is not null and g.locked_by is not null)
   into v_gone, v_names, v_held, v_limited
   from gone g;
+  if v_said <> '' then
+    v_said := set_config('pgworker.completing', '', true);
+  end if;
   if v_names is not null or v_limited is not null then
     perform pgworker.free_places(v_names, v_held, v_limited);
   end if;

@@ -281,36 +281,33 @@ declare
   v_parents bigint[];
   v_slots   smallint[];
   v_counts  int[];
-  v_all     bigint;
   v_plain   boolean;
   v_rooted  boolean;
   v_trees   boolean;
-  v_recorded bigint[];
+  v_recorded boolean;
 begin
-  select bool_or(g.root_id is not null and not g.settled), array_agg(g.id) filter (where g.recorded)
-  into v_trees, v_recorded
-  from gone g;
-  if v_recorded is not null then
-    perform pgworker.forget_attempts(v_recorded);
+  select bool_or(p.of_tree), bool_or(p.recorded), array_agg(p.parent_id) filter (where p.of_tree),
+         array_agg(p.slot) filter (where p.of_tree), array_agg(p.n) filter (where p.of_tree),
+         bool_and(p.plain) filter (where p.of_tree)
+           and max(p.depth) filter (where p.of_tree) = min(p.depth) filter (where p.of_tree),
+         bool_or(p.parent_id is null) filter (where p.of_tree)
+  into v_trees, v_recorded, v_parents, v_slots, v_counts, v_plain, v_rooted
+  from (select g.parent_id, g.slot, g.depth, g.root_id is not null and not g.settled as of_tree, count(*)::int as n,
+               bool_or(g.recorded) as recorded,
+               bool_and(g.slot is not null and not (g.has_children or g.waiting or g.has_followers)) as plain
+        from gone g
+        group by g.parent_id, g.slot, g.depth, g.root_id is not null and not g.settled) as p;
+  if v_recorded then
+    perform pgworker.forget_attempts(array(select g.id from gone g where g.recorded));
   end if;
   if v_trees is not true then
     return null;
   end if;
 
-  -- Nearly always: leaves of one level that have completed, and nothing follows from that but the count of their parents.
-  -- Of each job no more is looked at than that needs: children then cost little more than jobs that are in no tree.
-  select array_agg(p.parent_id), array_agg(p.slot), array_agg(p.n), sum(p.n),
-         bool_and(p.plain) and max(p.depth) = min(p.depth), bool_or(p.parent_id is null)
-  into v_parents, v_slots, v_counts, v_all, v_plain, v_rooted
-  from (select g.parent_id, g.slot, g.depth, count(*)::int as n,
-               bool_and(g.slot is not null and not (g.has_children or g.waiting or g.has_followers)) as plain
-        from gone g
-        where g.root_id is not null and not g.settled
-        group by g.parent_id, g.slot, g.depth) as p;
-  if v_plain
-     and v_all = (select count(*) from pgworker.finished f
-                  where f.id = any (array(select g.id from gone g where g.root_id is not null and not g.settled))
-                    and f.state = 'completed')
+  -- Nearly always: leaves of one level that have completed, as finish() has said, and nothing follows from that but the
+  -- count of their parents. Of each job no more is looked at than that needs: children then cost little more than jobs
+  -- that are in no tree.
+  if v_plain and current_setting('pgworker.completing', true) = pg_trigger_depth()::text
      and not exists (select from unnest(v_parents) as p(id)
                      where not exists (select from pgworker.job j where j.id = p.id offset 0)) then
     v_parents := pgworker.count_down(false, v_parents, v_slots, null, v_counts);

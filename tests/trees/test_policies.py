@@ -228,3 +228,27 @@ def test_deleting_parts_on_several_levels_at_once_fails_what_is_left_of_the_ance
     tx.execute("delete from pgworker.job where id = any(%s)", [[ids["leaf"], ids["mid"]]])
     assert states(tx, ids) == dict.fromkeys(ids) | {"root": "failed", "other": "cancelled"}
     assert error_of(tx, ids["root"]) == f"child {ids['mid']} (mid) was removed"
+
+
+def test_what_an_administrators_trigger_deletes_while_a_sibling_completes_has_not_completed(tx: Conn) -> None:
+    ids = plant(tx, node("root", node("a"), node("b"), node("c", on_failure="ignore")))
+    tx.execute(
+        f"""
+        create function pg_temp.also() returns trigger language plpgsql as $$
+        begin
+          delete from pgworker.job where id = {ids["b"]};
+          return null;
+        end $$;
+        create trigger a_before_all_others after delete on pgworker.job
+        for each statement when (pg_trigger_depth() < 1) execute function pg_temp.also()"""
+    )
+    complete(tx, ids["a"])
+    assert states(tx, ids) == {"root": "failed", "a": "completed", "b": None, "c": "cancelled"}
+    assert error_of(tx, ids["root"]) == f"child {ids['b']} (b) was removed"
+
+
+def test_a_child_deleted_after_another_completed_in_the_same_transaction_has_not_completed(tx: Conn) -> None:
+    ids = plant(tx, node("root", node("a"), node("b")))
+    complete(tx, ids["a"])
+    tx.execute("delete from pgworker.job where id = %s", [ids["b"]])
+    assert states(tx, ids) == {"root": "failed", "a": "completed", "b": None}
