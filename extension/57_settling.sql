@@ -184,6 +184,7 @@ declare
   v_failing pgworker.ended[];
   v_all     record;
   v_parents bigint[];                              -- those that are live
+  v_held    bigint[];                              -- counters: by others
   v_ids     bigint[];
   v_slots   smallint[];
   v_roots   bigint[];
@@ -207,9 +208,10 @@ begin
     -- Downwards. Counters of what is gone: a session that is just counting down on one holds it.
     if v_all.own then
       v_ids := array(select e.id from unnest(v_level) as e where e.owns);
+      v_held := pgworker.lock_counters(v_ids);
+      perform pgworker.postpone(v_held, 'forget');
       delete from pgworker.counter c
-      where c.ctid = any (array(select o.ctid from pgworker.counter o where o.job_id = any (v_ids) for update skip locked));
-      perform pgworker.postpone(array(select distinct c.job_id from pgworker.counter c where c.job_id = any (v_ids)), 'forget');
+      where c.job_id = any (v_ids) and c.job_id not in (select u.id from unnest(v_held) as u(id));
       select array_agg(e.id), array_agg(e.root_id), array_agg(e.error), array_agg(coalesce(e.cause_id, e.id))
       into v_ids, v_roots, v_errors, v_causes
       from unnest(v_level) as e where e.stops;
@@ -409,9 +411,11 @@ begin
         perform pgworker.drop_compensations(array[v_left.job_id]);
       end if;
   end case;
-  -- What is held still waits a second, so that the others have their turn.
+  -- What is held still waits a second, so that the others have their turn. What somebody has left meanwhile may be done
+  -- by another session already, which waits for a counter of ours.
   update pgworker.unsettled u set due = pgworker.clock() + interval '1 second', since = least(u.since, v_left.since)
-  where u.n > v_left.n and u.due <= pgworker.clock();
+  where u.ctid = any (array(select o.ctid from pgworker.unsettled o
+                            where o.n > v_left.n and o.due <= pgworker.clock() for update skip locked));
   return true;
 end
 $$;
