@@ -114,7 +114,12 @@ def test_what_was_left_meanwhile_and_is_being_done_by_another_is_not_waited_for(
     holder.execute("select from pgworker.counter where job_id = %s for update", [gone])
     maintaining = Background(maintainer, "select pgworker.maintain()")
     maintaining.wait_until_blocked(db)
-    db.execute("insert into pgworker.unsettled (n, job_id, what) values (1000000, %s, 'release')", [ids["root"]])
+    # By somebody who began before it did.
+    db.execute(
+        "insert into pgworker.unsettled (n, job_id, what, due)"
+        " values (nextval('pgworker.turn') + 1000, %s, 'release', pgworker.clock() - interval '1 hour')",
+        [ids["root"]],
+    )
     other.execute("begin")
     other.execute("select from pgworker.unsettled where job_id = %s for update", [ids["root"]])
     holder.execute("commit")
