@@ -5,13 +5,13 @@
 --   announce           others may be claimed now
 --   count_down         counters, exactly
 --   lock_free          jobs that nobody else holds
+--   lock_counters      counters that nobody else holds
 --   release            parents whose children are done
 --   open_gates         whole phases: a job that waited for its siblings, and everything below it
 --   ask_to_stop        what runs cannot be ended here
 --   live_below         what there is to stop
 --   endable            what of it can be ended without waiting for anybody
 --   stop_below         cancels what is left of subtrees
---   forget             removes what is stored of subtrees
 
 create function pgworker.postpone(
   p_ids bigint[], p_what text, p_roots bigint[] default null, p_reasons text[] default null,
@@ -129,6 +129,35 @@ $$;
 comment on function pgworker.lock_free(bigint[]) is
   'Internal: locks those of these jobs that nobody else has locked, and returns them; never waits.';
 
+-- These are changed more often than any other rows, and a wait of the kind described above would be for one that comes
+-- before those held.
+create function pgworker.lock_counters(p_ids bigint[], p_after boolean default null) returns bigint[]
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+set lock_timeout = '5ms'
+as $$
+declare
+  v_tids tid[];
+begin
+  loop
+    begin
+      v_tids := array(select c.ctid from pgworker.counter c
+                      where c.job_id = any (p_ids) and c.after = coalesce(p_after, c.after) for update skip locked);
+      exit;
+    exception when lock_not_available then
+    end;
+  end loop;
+  return array(select distinct c.job_id from pgworker.counter c
+               where c.job_id = any (p_ids) and c.after = coalesce(p_after, c.after) and c.ctid <> all (v_tids));
+end
+$$;
+comment on function pgworker.lock_counters(bigint[], boolean) is
+  'Internal: locks what nobody else has locked of the counters of these jobs (p_after: of siblings, of children; null: '
+  'both), and returns the jobs of which it did not get all; never waits.';
+
 create function pgworker.release(p_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
@@ -170,15 +199,20 @@ declare
   v_open  bigint[];
   v_rows  bigint[];
   v_freed bigint[];
+  v_shut  bigint[];
 begin
   while cardinality(v_gates) > 0 loop
     v_open := pgworker.lock_free(v_gates);
     perform pgworker.postpone(array(select j.id from pgworker.job j
                                     where j.id = any (v_gates)
                                       and j.id not in (select u.id from unnest(v_open) as u(id))), 'open');
+    -- Somebody may be about to have it wait again, and holds parts of its counter while it waits for the total, ours.
+    v_shut := pgworker.lock_counters(v_open, true);
+    perform pgworker.postpone(v_shut, 'open');
     -- A gate behind a closed one opens with that one.
     v_open := array(select j.id from pgworker.job j
                     where j.id = any (v_open) and (j.gate_id = j.id or j.gate_id is null)
+                      and j.id not in (select u.id from unnest(v_shut) as u(id))
                       and not exists (select from pgworker.counter c      -- one before it may run again since
                                       where c.job_id = j.id and c.after and c.slot = 0 and c.pending > 0 offset 0));
     delete from pgworker.counter c where c.job_id = any (v_open) and c.after;
@@ -186,6 +220,8 @@ begin
     if (select count(*) from pgworker.job j where j.gate_id = any (v_open)) > cardinality(v_rows) then
       perform pgworker.postpone(v_open, 'open');
     end if;
+    v_shut := pgworker.lock_counters(v_rows, true);
+    perform pgworker.postpone(v_shut, 'open');
     with opened as (
       update pgworker.job j
       set gate_id = case when o.pending > 0 then j.id end,
@@ -195,7 +231,7 @@ begin
                                            or exists (select from pgworker.unsettled u
                                                       where u.job_id = j.id and u.what = 'fail'))
       from unnest(v_rows) as r(id)
-      left join lateral (select c.pending from pgworker.counter c
+      left join lateral (select case when r.id = any (v_shut) then 1 else c.pending end as pending from pgworker.counter c
                          where c.job_id = r.id and c.after and c.slot = 0 offset 0) as o on true
       where j.id = any (array[r.id]) and j.gate_id = any (v_open)
       returning j.id, j.waiting, o.pending
@@ -284,6 +320,7 @@ set enable_seqscan = off
 set enable_hashjoin = on
 set enable_mergejoin = off
 set jit = off
+set lock_timeout = '5ms'
 as $$
 declare
   v_ids     bigint[] := p_ids;
@@ -311,24 +348,30 @@ begin
                    where u.id is null and exists (select from pgworker.job f where f.id = w.job_id offset 0));
     if cardinality(v_not) = 0 then
       -- ... or running, held by us, but counted on by somebody. One that has ended counts no more, whatever is left of its
-      -- counter.
+      -- counter. As in lock_counters(), but only what these are counted in: a busy parent is never held by nobody at all.
       v_parents := array(select p.id from pgworker.job p where p.id = any (v_parents));
       exit when cardinality(v_parents) = 0;
-      with counted as materialized (
-        select distinct j.parent_id as id, s.slot
-        from pgworker.job j
-        cross join lateral (values (j.slot), (0::smallint)) as s(slot)
-        where j.id = any (v_ids) and (j.parent_id in (select u.id from unnest(v_parents) as u(id))) is true
-      ), got as materialized (
-        select n.id, n.slot, c.job_id is not null as is_ours
-        from counted n
-        left join lateral (select o.job_id from pgworker.counter o
-                           where o.job_id = n.id and not o.after and o.slot = n.slot for update skip locked) as c on true
-      )
-      select array_agg(distinct g.id) into v_parents
-      from got g
-      where not g.is_ours
-        and exists (select from pgworker.counter o where o.job_id = g.id and not o.after and o.slot = g.slot offset 0);
+      loop
+        begin
+          with counted as materialized (
+            select distinct j.parent_id as id, s.slot
+            from pgworker.job j
+            cross join lateral (values (j.slot), (0::smallint)) as s(slot)
+            where j.id = any (v_ids) and (j.parent_id in (select u.id from unnest(v_parents) as u(id))) is true
+          ), got as materialized (
+            select n.id, n.slot, c.job_id is not null as is_ours
+            from counted n
+            left join lateral (select o.job_id from pgworker.counter o
+                               where o.job_id = n.id and not o.after and o.slot = n.slot for update skip locked) as c on true
+          )
+          select array_agg(distinct g.id) into v_parents
+          from got g
+          where not g.is_ours
+            and exists (select from pgworker.counter o where o.job_id = g.id and not o.after and o.slot = g.slot offset 0);
+          exit;
+        exception when lock_not_available then
+        end;
+      end loop;
       v_not := array(select j.id from pgworker.job j
                      where j.id = any (v_ids) and (j.parent_id in (select u.id from unnest(v_parents) as u(id))) is true);
     end if;
@@ -405,49 +448,3 @@ $$;
 comment on function pgworker.stop_below(bigint[], bigint[], text[], bigint[]) is
   'Internal: what is live below these jobs (p_roots: of which trees) ends as cancelled, with these reasons and causes; '
   'what runs is asked to stop. Returns the ids.';
-
-create function pgworker.forget(p_ids bigint[], p_roots bigint[]) returns void
-language plpgsql volatile parallel unsafe
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
-set jit = off
-as $$
-declare
-  v_ids  bigint[];
-  v_gone bigint[];
-begin
-  with recursive below as (
-    select u.id, u.root_id from unnest(p_ids, p_roots) as u(id, root_id)
-    union all
-    select c.id, b.root_id
-    from below b
-    cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id) as c
-  )
-  select array_agg(b.id) into v_ids from below b;
-  if exists (select from pgworker.compensation c where c.root_id = any (p_roots)) then
-    perform pgworker.remember(v_ids);
-  end if;
-  -- Whoever holds one changes it, or makes it live again: that is looked at later.
-  delete from pgworker.finished f
-  where f.ctid = any (array(select o.ctid from pgworker.finished o where o.id = any (v_ids) for update skip locked))
-    and not exists (select from pgworker.compensation c
-                    where c.node_id = f.id and c.node is null and f.state = 'completed' offset 0);
-  v_gone := array(select u.id from unnest(v_ids) as u(id)
-                  where not exists (select from pgworker.finished f where f.id = u.id offset 0)
-                    and not exists (select from pgworker.job j where j.id = u.id offset 0));
-  delete from pgworker.dependency d where d.after_id = any (v_gone);
-  delete from pgworker.dependency d where d.job_id = any (v_gone);
-  -- Of whole trees: also when the root went before, while somebody was adding children with compensations below it.
-  perform pgworker.drop_compensations(array(select distinct r.id from unnest(p_roots) as r(id)
-                                            where not exists (select from pgworker.finished f where f.id = r.id offset 0)
-                                              and not exists (select from pgworker.job j where j.id = r.id offset 0)));
-  perform pgworker.postpone(array_agg(f.parent_id), 'stop', array_agg(f.root_id),
-                            array_agg(format('job %s was removed', f.parent_id)), array_agg(f.parent_id))
-  from pgworker.finished f
-  where f.id = any (v_ids) and f.id not in (select u.id from unnest(p_ids) as u(id));
-end
-$$;
-comment on function pgworker.forget(bigint[], bigint[]) is
-  'Internal: removes what is stored of these jobs and of everything below them. What still runs there goes when it ends.';

@@ -262,7 +262,8 @@ begin
     from pgworker.dependency d
     left join known k on k.id = d.job_id
     left join known a on a.id = d.after_id
-    where k.id is null or a.id is null or k.parent_id is distinct from a.parent_id or not a.has_followers
+    where (k.id is null or a.id is null or k.parent_id is distinct from a.parent_id or not a.has_followers)
+      and not exists (select from pgworker.unsettled u where u.job_id = d.after_id and u.what = 'stop')
     union all
     select f.id, 'is live and finished at once' from pgworker.finished f join live l on l.id = f.id
     union all

@@ -83,8 +83,8 @@ set jit = off
 as $$
 declare
   v_invalid text;
-  v_may     bigint[];
   v_ids     bigint[];
+  v_revived bigint[];
   v_job     record;
 begin
   v_invalid := pgworker.invalid_argument('-', null, reschedule_jobs.max_attempts, null, reschedule_jobs.priority, null,
@@ -99,8 +99,9 @@ begin
       message = format('attempts must be a whole number from 0 to 32766, got %s', attempts),
       hint = 'Give 0 for a fresh start, or null to leave it as it is.';
   end if;
-  v_may := pgworker.lock_below(reschedule_jobs.job_ids, reschedule_jobs.job_ids);
-  v_ids := pgworker.lock_pending(reschedule_jobs.job_ids);
+  select r.pending, r.revived into v_ids, v_revived
+  from pgworker.revive(reschedule_jobs.job_ids, reschedule_jobs.job_ids, array['failed'], reschedule_jobs.run_at,
+                       reschedule_jobs.priority, reschedule_jobs.attempts, reschedule_jobs.max_attempts) as r;
   select j.id, coalesce(reschedule_jobs.attempts, j.attempts) as attempts,
          coalesce(reschedule_jobs.max_attempts, j.max_attempts) as max_attempts
   into v_job
@@ -120,8 +121,7 @@ begin
       attempts = coalesce(reschedule_jobs.attempts, j.attempts),
       max_attempts = coalesce(reschedule_jobs.max_attempts, j.max_attempts)
   where j.id = any (v_ids);
-  v_ids := v_ids || pgworker.revive(reschedule_jobs.job_ids, v_may, array['failed'], reschedule_jobs.run_at,
-                                    reschedule_jobs.priority, reschedule_jobs.attempts, reschedule_jobs.max_attempts);
+  v_ids := v_ids || v_revived;
   if exists (select from pgworker.job j where j.id = any (v_ids) and j.run_at <= pgworker.clock()) then
     perform pgworker.wake_to_sweep();
   end if;

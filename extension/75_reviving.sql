@@ -3,14 +3,18 @@
 --   consequences    what in their trees ended only because of these jobs
 --   lock_below      live jobs come before finished ones in the order of locks
 --   rejoin          jobs that are live again find their place in their trees
---   revive          makes finished jobs live
+--   revive_locked   makes finished jobs live, if nothing comes in between
+--   revive          until nothing does
 --   retry_jobs      the public function
 --
 -- Every job that failed or was cancelled because of another one says so (cause_id, which is always where it began). So a
 -- retry undoes what followed: the siblings that were cancelled and the ancestors that failed are live again, and wait.
 -- What completed stays completed.
--- Locks: live rows below them by id; compensations of their trees (59_compensating.sql); finished rows by id; then
--- counters, deepest first, as in 57_settling.sql.
+-- Locks: live rows below them by id; compensations of their trees (59_compensating.sql); finished rows by id; what they come
+-- after (dependency); then counters, deepest first, as in 57_settling.sql. While we wait for these, others may retry and end
+-- jobs of the same tree, so that a live job that is to be counted again is one that lock_below() has not locked. If
+-- somebody holds it then, everything is given up and begun anew (PW000, which nobody sees): to wait for it out of order
+-- might be for ever, and who is not counted where he says he is would be taken off nevertheless.
 
 create function pgworker.consequences(p_ids bigint[]) returns bigint[]
 language plpgsql stable parallel safe
@@ -115,6 +119,8 @@ begin
                      join pgworker.job f on f.id = d.job_id
                      where j.id = any (p_ids) and j.has_followers
                      except select u.id from unnest(p_ids) as u(id));
+  -- Who forgets what these come after holds counters: he is waited for before we do.
+  perform from pgworker.dependency d where d.job_id = any (p_ids) for update;
   -- All counters that are needed: those of live parents and of followers; of gates that live parents are behind, lest
   -- somebody opens one without seeing who is behind it; and what is left of these jobs' own, where somebody may be
   -- counting still.
@@ -124,6 +130,12 @@ begin
     and (c.slot = 0 or j.id = any (p_ids || v_spared || v_follows))
   order by j.depth + (not c.after)::int desc, c.after desc, c.slot = 0, c.job_id, c.slot
   for update of c;
+  -- From here on nobody is counted by them any more but by us.
+  if exists (select from pgworker.job j
+             where j.root_id = any (v_roots) and j.parent_id = any (p_ids) and j.slot is not null
+               and j.id not in (select u.id from unnest(v_below) as u(id))) then
+    raise exception using errcode = 'PW000', message = 'a child of a job that is retried is held by somebody';
+  end if;
 
   -- What their last end has left to be done is not to be done any more.
   delete from pgworker.counter c where c.job_id = any (p_ids);
@@ -208,7 +220,7 @@ comment on function pgworker.rejoin(bigint[]) is
   'children as far as these are live, and are free to start if nothing holds them back.';
 
 -- A key that a live job has taken meanwhile stays with that one: the revived job runs without a key rather than not at all.
-create function pgworker.revive(
+create function pgworker.revive_locked(
   p_ids bigint[], p_may bigint[], p_states text[], p_run_at timestamptz, p_priority int, p_attempts int, p_max_attempts int
 ) returns bigint[]
 language plpgsql volatile parallel unsafe
@@ -269,9 +281,34 @@ begin
   return v_ids;
 end
 $$;
-comment on function pgworker.revive(bigint[], bigint[], text[], timestamptz, int, int, int) is
+comment on function pgworker.revive_locked(bigint[], bigint[], text[], timestamptz, int, int, int) is
   'Internal: makes finished jobs that have attempts left live again, in trees with what followed from their end, and '
-  'returns the ids of all. p_may: what lock_below() returned.';
+  'returns the ids of all. p_may: what lock_below() returned. Raises PW000 if that has to look again.';
+
+create function pgworker.revive(
+  p_ids bigint[], p_pending bigint[], p_states text[], p_run_at timestamptz, p_priority int, p_attempts int,
+  p_max_attempts int, out pending bigint[], out revived bigint[]
+)
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_may bigint[];
+begin
+  loop
+    begin
+      v_may := pgworker.lock_below(p_pending, p_ids);
+      pending := pgworker.lock_pending(p_pending);
+      revived := pgworker.revive_locked(p_ids, v_may, p_states, p_run_at, p_priority, p_attempts, p_max_attempts);
+      exit;
+    exception when sqlstate 'PW000' then
+    end;
+  end loop;
+end
+$$;
+comment on function pgworker.revive(bigint[], bigint[], text[], timestamptz, int, int, int) is
+  'Internal: makes finished jobs that have attempts left live again, in trees with what followed from their end. revived: '
+  'the ids of all; pending: those of p_pending that were live and not running, locked.';
 
 create function pgworker.retry_jobs(job_ids bigint[]) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe
@@ -280,8 +317,8 @@ as $$
 declare
   v_ids bigint[];
 begin
-  v_ids := pgworker.lock_below(null, retry_jobs.job_ids);
-  v_ids := pgworker.revive(retry_jobs.job_ids, v_ids, array['failed', 'cancelled'], pgworker.clock(now()), null, 0, null);
+  select r.revived into v_ids
+  from pgworker.revive(retry_jobs.job_ids, null, array['failed', 'cancelled'], pgworker.clock(now()), null, 0, null) as r;
   perform pgworker.announce(v_ids);
   return query select r.* from pgworker.job_rows(v_ids) r;
 end
