@@ -151,7 +151,8 @@ begin
     end;
   end loop;
   return array(select distinct c.job_id from pgworker.counter c
-               where c.job_id = any (p_ids) and c.after = coalesce(p_after, c.after) and c.ctid <> all (v_tids));
+               where c.job_id = any (p_ids) and c.after = coalesce(p_after, c.after)
+                 and c.ctid not in (select u.tid from unnest(v_tids) as u(tid)));
 end
 $$;
 comment on function pgworker.lock_counters(bigint[], boolean) is
