@@ -77,7 +77,8 @@ def test_every_error_of_the_schema_is_described(db: psycopg.Connection[Any]) -> 
     assert row is not None
     raised = set(re.findall(r"'(PW\d{3}|22\d{3})'", row[0]))
     described = set(re.findall(r"^\| `(\w{5})` \|", _REFERENCE, re.MULTILINE))
-    assert raised - {"22021"} <= described  # which load_crontab turns into 22023
+    inner = {"22021", "PW000"}  # which load_crontab turns into 22023, and upon which revive() begins anew
+    assert raised - inner <= described
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.stem)
