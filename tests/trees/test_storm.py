@@ -42,12 +42,12 @@ def _errors(server: EmbeddedServer) -> list[str]:
 
     With each, what is said of the processes that it names while they waited.
     """
-    entries = re.findall(r"^\S+ \S+ UTC \[.*\n(?:[^\d\n].*\n|\n)*", server.log.read_text(), re.M)
+    entries = re.split(r"^(?=\S+ \S+ \S+ \[\d+\] )", server.log.read_text(), flags=re.M)
     found = []
     for n, entry in enumerate(entries):
         if re.search("deadlock detected|PANIC:|violates|XX000", entry):
             pids = set(re.findall(r"[Pp]rocess (\d+)", entry + entries[min(n + 1, len(entries) - 1)]))
-            pids |= set(re.findall(r"UTC \[(\d+)\]", entry))
+            pids |= set(re.findall(r"^\S+ \S+ \S+ \[(\d+)\]", entry))
             about = [e for e in entries[max(0, n - 60) : n + 12] if any(f"[{pid}]" in e for pid in pids)]
             found.append("".join(about)[-12000:])
     return found
