@@ -26,10 +26,13 @@
 -- under a long transaction, for example), must not read all of it later. So functions that look rows up pin
 -- enable_seqscan = off, and where many are looked up, it is written so that the planner can only go from the ids to the
 -- rows, by index: j.id = any (array[e.id]) instead of j.id = e.id (no merge join, so no scan in the order of the key), or a
--- lateral subquery with OFFSET 0. Not by ctid, unless the row is locked: a ctid is not checked again after waiting for
--- somebody who changed the row.
+-- lateral subquery with OFFSET 0 (always where only the id is needed, which the index gives by itself). EXISTS has an
+-- OFFSET 0 too. No further condition may fit an index: a partial one's predicate, or a later column compared with a
+-- constant, makes it look cheap to read all of it; so (...) is true, or num_nulls() = 0. Not by ctid, unless the row is
+-- locked: a ctid is not checked again after waiting for somebody who changed the row.
 -- Whether an id is among many is asked with not in (select ... from unnest(...)), or (... in (...)) is true: both are looked
 -- up in a hash table, which = any and <> all are not in a plan that is kept, and in alone may become a nested loop.
+-- tests/plans/test_generic_plans.py looks at the plans of all that it can reach.
 -- There are no foreign keys and no INSERT triggers: pg_dump restores table after table, in any order, in parallel. (Where
 -- somebody wants events, 65_events.sql makes one.)
 -- Row order of lock taking everywhere: job rows by id, then queue rows by name, then permits, then worker rows by id.
@@ -291,7 +294,7 @@ comment on table pgworker.compensation is
   'The compensate (spec) of nodes of trees. node and finished_at: what its compensation is told of the node and '
   'when that ended, once it has completed and is about to be forgotten or undone, or was to stop and completed all the '
   'same; job_id: the job that undoes it. Kept as long as the tree.';
-create index compensation_root on pgworker.compensation (root_id);
+create index compensation_root on pgworker.compensation (root_id, job_id);
 
 create table pgworker.unsettled (
   n        bigint      not null default nextval('pgworker.turn') primary key,
@@ -308,6 +311,7 @@ comment on table pgworker.unsettled is
   'before compensations (of the tree of root job_id), because some of them ran: maintain() does it when it is due, in the '
   'order of n, and puts it off when that is so still; since: when it was left for the first time. Nothing but n is unique: '
   'whoever writes here holds locks, and must not wait for somebody who writes or does the same.';
+create index unsettled_due on pgworker.unsettled (due, n);
 create index unsettled_job on pgworker.unsettled (job_id);
 
 create table pgworker.queue (

@@ -156,6 +156,7 @@ comment on function pgworker.put_nodes(jsonb, text, pgworker.job, smallint[]) is
 create function pgworker.add_job_tree(tree jsonb) returns pgworker.jobs
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $$
 declare
   v_ids bigint[];
@@ -179,6 +180,7 @@ comment on function pgworker.add_job_tree(jsonb) is
 create function pgworker.add_children(worker_id bigint, job_id bigint, children jsonb) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $$
 declare
   v_job   pgworker.job;

@@ -242,7 +242,7 @@ begin
       cross join lateral pgworker.lane_heads(v_task.identifier, s.lane, p_now, p_flags, 1) f
       where r.room > 0
         and not exists (select from pgworker.queue q
-                        where q.name = s.queue_name and (q.job_id is not null or q.paused))
+                        where q.name = s.queue_name and (q.job_id is not null or q.paused) offset 0)
       limit v_most
     )
     select array_agg(o.lane) as lanes, array_agg(o.room) as rooms, array_agg(o.id) as ids,

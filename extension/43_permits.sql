@@ -221,7 +221,7 @@ begin
   end if;
   with freed as (
     update pgworker.permit p set job_id = null, free_at = v_now
-    where p.job_id = any (p_job_ids) and p.kind = 'concurrency'
+    where p.job_id = any (p_job_ids) and (p.kind = 'concurrency') is true   -- by the job, and by no other index
     returning p.task_identifier
   )
   select array_agg(distinct f.task_identifier) into v_tasks from freed f;
@@ -257,7 +257,7 @@ declare
 begin
   -- A permit says which job took it last, so one that was retried within the interval is named by several: the latest.
   update pgworker.permit p set job_id = null, free_at = v_now
-  where p.job_id = any (p_job_ids) and p.kind = 'rate' and p.free_at > v_now
+  where p.job_id = any (p_job_ids) and (p.kind = 'rate' and p.free_at > v_now) is true
     and not exists (select from pgworker.permit o
                     where o.job_id = p.job_id and o.kind = 'rate' and o.task_identifier = p.task_identifier
                       and o.lane_key = p.lane_key and (o.free_at, o.n) > (p.free_at, p.n));

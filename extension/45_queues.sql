@@ -26,7 +26,7 @@ as $$
 begin
   with missing as materialized (
     select n.name from unnest(p_names) as n(name)
-    where not exists (select from pgworker.queue q where q.name = n.name)
+    where not exists (select from pgworker.queue q where q.name = n.name offset 0)
     limit 128
   ), mine as materialized (
     select m.name from missing m where pg_try_advisory_xact_lock(1886874484, hashtext(m.name)) limit p_most
@@ -80,7 +80,8 @@ begin
     select array_agg(h.queue_name) into v_names
     from hop h
     where h.queue_name is not null
-      and not exists (select from pgworker.queue q where q.name = h.queue_name and (q.job_id is not null or q.paused));
+      and not exists (select from pgworker.queue q where q.name = h.queue_name and (q.job_id is not null or q.paused)
+                      offset 0);
     for k in 9 .. cardinality(moved) by 5 loop
       moved[k] := v_margin;
       moved[k + 1] := 0;
@@ -106,7 +107,7 @@ begin
                 and (p_paused is null or j.task_identifier <> all (p_paused))
                 and (p_flags is null or j.flags is null or not j.flags && p_flags)
                 and not exists (select from pgworker.queue q
-                                where q.name = j.queue_name and (q.job_id is not null or q.paused))
+                                where q.name = j.queue_name and (q.job_id is not null or q.paused) offset 0)
               order by j.run_at, j.id limit 100 + p_limit) as s;
         moved[k] := v_at;
         moved[k + 1] := v_id;
@@ -253,7 +254,7 @@ begin
   end if;
   v_turn := nextval('pgworker.turn');
   update pgworker.queue q set job_id = null, turn = v_turn
-  where q.name = any (p_names) and q.job_id = any (p_job_ids);
+  where q.name = any (p_names) and (q.job_id in (select u.id from unnest(p_job_ids) as u(id))) is true;
   -- The caller will claim next, but perhaps not this task.
   -- From priority to priority, so that jobs of the future are not walked over.
   if exists (
@@ -273,7 +274,7 @@ begin
     where exists (select from pgworker.job j
                   where j.queue_name = f.name and j.queue_name > '' and j.lane is null and not j.waiting
                     and j.priority = p.priority
-                    and j.run_at <= pgworker.clock() and j.locked_by is null)
+                    and j.run_at <= pgworker.clock() and j.locked_by is null offset 0)
   ) then
     perform pgworker.wake();
   end if;

@@ -114,7 +114,7 @@ begin
     with ended as materialized (
       select u.id, u.attempt, u.result, true as success, null::text as error
       from unnest(v_completed, v_attempts[1:cardinality(v_completed)], finish_jobs.results) as u(id, attempt, result)
-      where cardinality(v_done) = 0 or u.id = any (v_left)
+      where cardinality(v_done) = 0 or u.id in (select l.id from unnest(v_left) as l(id))
       union all
       select u.id, u.attempt, null, false, coalesce(u.error, 'failed')
       from unnest(v_failed, v_attempts[cardinality(v_completed) + 1:], finish_jobs.errors) as u(id, attempt, error)

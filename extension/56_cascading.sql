@@ -61,9 +61,11 @@ declare
   v_empty bigint[];
   v_done  bigint[];
 begin
+  -- What the index begins with is looked up; that the rest of it is compared with columns too, and not with constants,
+  -- keeps a plan that is made for few counters from reading all of them, again for each that is counted.
   if 0 < any (p_slots) then
     with hit as materialized (
-      select u.job_id, u.slot, sum(coalesce(u.n, 1))::int as n
+      select u.job_id, p_after as after, u.slot, sum(coalesce(u.n, 1))::int as n
       from unnest(p_ids, p_slots, p_counts) as u(job_id, slot, n)
       where u.slot > 0
       group by u.job_id, u.slot
@@ -71,14 +73,14 @@ begin
     ), counted as (
       update pgworker.counter c set pending = c.pending - h.n
       from hit h
-      where c.job_id = any (array[h.job_id]) and c.after = p_after and c.slot = h.slot
+      where c.job_id = any (array[h.job_id]) and c.after = h.after and c.slot = h.slot
       returning c.job_id, c.pending
     )
     select array_agg(c.job_id) filter (where c.pending = 0) into v_empty from counted c;
   end if;
   if 0 = any (p_slots) or v_empty is not null or cardinality(p_held) > 0 then
     with hit as materialized (
-      select t.job_id, sum(t.n)::int as n
+      select t.job_id, p_after as after, 0::smallint as slot, sum(t.n)::int as n
       from (select u.job_id, coalesce(u.n, 1) as n from unnest(p_ids, p_slots, p_counts) as u(job_id, slot, n) where u.slot = 0
             union all
             select e.job_id, 1 from unnest(v_empty) as e(job_id)
@@ -89,7 +91,7 @@ begin
     ), counted as (
       update pgworker.counter c set pending = c.pending - h.n
       from hit h
-      where c.job_id = any (array[h.job_id]) and c.after = p_after and c.slot = 0
+      where c.job_id = any (array[h.job_id]) and c.after = h.after and c.slot = h.slot
       returning c.job_id, c.pending, h.n
     )
     select array_agg(c.job_id) filter (where c.pending = 0 and c.n > 0) into v_done from counted c;
@@ -234,7 +236,7 @@ begin
       from unnest(v_rows) as r(id)
       left join lateral (select case when r.id = any (v_shut) then 1 else c.pending end as pending from pgworker.counter c
                          where c.job_id = r.id and c.after and c.slot = 0 offset 0) as o on true
-      where j.id = any (array[r.id]) and j.gate_id = any (v_open)
+      where j.id = any (array[r.id]) and (j.gate_id in (select u.id from unnest(v_open) as u(id))) is true
       returning j.id, j.waiting, o.pending
     )
     select array_agg(o.id) filter (where not o.waiting), array_agg(o.id) filter (where o.pending = 0)
@@ -345,8 +347,8 @@ begin
                          cross join lateral (select o.job_id from pgworker.dependency o
                                              where o.after_id = j.id offset 0) as d
                          where j.id = any (v_ids) and j.has_followers) as w
-                   left join unnest(v_ids || p_running) as u(id) on u.id = w.job_id
-                   where u.id is null and exists (select from pgworker.job f where f.id = w.job_id offset 0));
+                   where w.job_id not in (select u.id from unnest(v_ids || p_running) as u(id))
+                     and exists (select from pgworker.job f where f.id = w.job_id offset 0));
     if cardinality(v_not) = 0 then
       -- ... or running, held by us, but counted on by somebody. One that has ended counts no more, whatever is left of its
       -- counter. As in lock_counters(), but only what these are counted in: a busy parent is never held by nobody at all.
@@ -427,11 +429,10 @@ begin
     from (with skipped as materialized (
             select u.id, u.n, u.parent_id
             from unnest(v_ids, v_of, v_parents) as u(id, n, parent_id)
-            left join unnest(v_can || v_running) as d(id) on d.id = u.id
-            where d.id is null)
+            where u.id not in (select d.id from unnest(v_can || v_running) as d(id)))
           select s.parent_id, min(s.n) as n
           from skipped s
-          where not exists (select from skipped o where o.id = s.parent_id)
+          where s.parent_id not in (select o.id from skipped o)
           group by s.parent_id) as l;
   end if;
   perform pgworker.ask_to_stop(array_agg(t.id), 'cancelled', array_agg(p_reasons[u.n]), array_agg(p_causes[u.n]))

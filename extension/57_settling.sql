@@ -67,13 +67,13 @@ begin
         order by e.parent_id, e.id) as c;
 
   v_held := pgworker.lock_free(v_ids);
-  perform pgworker.postpone(array_agg(j.id), 'fail', null, array_agg(u.error), array_agg(u.cause_id))
+  perform pgworker.postpone(array_agg(u.id), 'fail', null, array_agg(u.error), array_agg(u.cause_id))
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
-  join pgworker.job j on j.id = u.id
-  where j.id not in (select h.id from unnest(v_held) as h(id));
+  where u.id not in (select h.id from unnest(v_held) as h(id))
+    and exists (select from pgworker.job j where j.id = u.id offset 0);
   perform pgworker.ask_to_stop(array_agg(j.id), 'failed', array_agg(u.error), array_agg(u.cause_id))
   from unnest(v_ids, v_errors, v_causes) as u(id, error, cause_id)
-  join pgworker.job j on j.id = u.id
+  join pgworker.job j on j.id = any (array[u.id])
   where (j.id in (select h.id from unnest(v_held) as h(id))) is true and j.locked_by is not null and j.ends_as is null;
 
   select array_agg(row(j.id, j.parent_id, j.root_id, j.depth, j.slot, true, j.has_children, j.has_followers,
@@ -84,7 +84,7 @@ begin
          array_agg(j.id order by j.id), array_agg(u.error order by j.id), array_agg(u.cause_id order by j.id)
   into v_failed, v_ids, v_errors, v_causes
   from unnest(v_ids, v_errors, v_causes, v_reasons) as u(id, error, cause_id, reason)
-  join pgworker.job j on j.id = u.id
+  join pgworker.job j on j.id = any (array[u.id])
   where (j.id in (select h.id from unnest(v_held) as h(id))) is true and j.locked_by is null;
   if v_ids is not null then
     update pgworker.job j set settled = true where j.id = any (v_ids);
@@ -189,7 +189,8 @@ begin
     union all
     select c.id, b.root_id
     from below b
-    cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id) as c
+    cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id
+                        offset 0) as c
   )
   select array_agg(b.id), array_agg(b.root_id) into v_ids, v_in from below b;
   if exists (select from pgworker.compensation c where c.root_id = any (p_roots)) then
@@ -212,7 +213,7 @@ begin
   perform pgworker.postpone(array_agg(u.id), 'stop', array_agg(u.root_id), array_agg(format('job %s was removed', u.id)),
                             array_agg(u.id))
   from unnest(v_ids, v_in) as u(id, root_id)
-  where u.id in (select g.id from unnest(v_gone) as g(id))
+  where (u.id in (select g.id from unnest(v_gone) as g(id))) is true
     and (exists (select from pgworker.dependency d where d.after_id = u.id offset 0)
          or exists (select from pgworker.dependency d where d.job_id = u.id offset 0));
   -- Of whole trees: also when the root went before, while somebody was adding children with compensations below it.
@@ -289,8 +290,7 @@ begin
     select array_agg(e.parent_id), array_agg(e.slot), array_agg(e) filter (where e.fails)
     into v_ids, v_slots, v_failing
     from unnest(v_level) as e
-    join unnest(v_parents) as p(id) on p.id = e.parent_id
-    where e.slot is not null;
+    where e.slot is not null and (e.parent_id in (select p.id from unnest(v_parents) as p(id))) is true;
     if v_ids is not null then
       v_ids := pgworker.count_down(false, v_ids, v_slots, array(select f.parent_id from unnest(v_failing) as f));
       if v_ids is not null then
@@ -308,7 +308,7 @@ begin
       from unnest(v_level) as e
       where e.vanishes
          or e.parent_id is not null
-            and not exists (select from unnest(v_parents) as p(id) where p.id = e.parent_id)
+            and e.parent_id not in (select p.id from unnest(v_parents) as p(id))
             and not exists (select from pgworker.finished f where f.id = e.parent_id offset 0);
       if v_ids is not null then
         perform pgworker.forget(v_ids, v_roots);

@@ -107,6 +107,7 @@ create function pgworker.job_tree(job_id bigint) returns table (
 )
 language plpgsql stable parallel safe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 set jit = off
 as $$
 declare
@@ -143,6 +144,7 @@ comment on function pgworker.job_tree(bigint) is
 create function pgworker.tree_progress(job_id bigint) returns table (state text, jobs bigint)
 language plpgsql stable parallel safe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 set jit = off
 as $$
 declare

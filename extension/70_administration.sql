@@ -7,18 +7,22 @@
 -- alone, but cancel_jobs asks them to stop and force_unlock_workers takes them away.
 -- Locks: live rows by id, then finished rows by id, then queues by name.
 
--- Locks the live ones of these jobs that do not run, and returns their ids.
-create function pgworker.lock_pending(p_ids bigint[]) returns bigint[]
+create function pgworker.lock_pending(p_ids bigint[], p_also bigint[] default null) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
 as $$
 begin
-  return array(select j.id from pgworker.job j where j.id = any (p_ids) and j.locked_by is null order by j.id for update);
+  return array(select j.id from pgworker.job j
+               where j.id = any (p_ids || p_also)
+                 and (j.locked_by is null or j.id in (select u.id from unnest(p_also) as u(id)))
+               order by j.id for update);
 end
 $$;
-comment on function pgworker.lock_pending(bigint[]) is 'Internal: locks those of these jobs that are live and not running.';
+comment on function pgworker.lock_pending(bigint[], bigint[]) is
+  'Internal: locks those of these jobs that are live and not running, and p_also whether they run or not, and returns their '
+  'ids.';
 
 create function pgworker.complete_jobs(job_ids bigint[]) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe
@@ -162,8 +166,8 @@ begin
         union all
         select f.id, f.root_id from pgworker.finished f where f.id = any (cancel_jobs.job_ids) and f.has_children) as n;
   v_below := array(select b.id from pgworker.live_below(v_nodes, v_roots) as b
-                   join pgworker.job j on j.id = b.id and j.ends_as is null
-                   where b.id not in (select u.id from unnest(cancel_jobs.job_ids) as u(id) where u.id is not null));
+                   where exists (select from pgworker.job j where j.id = b.id and j.ends_as is null offset 0)
+                     and b.id not in (select u.id from unnest(cancel_jobs.job_ids) as u(id) where u.id is not null));
 
   perform pgworker.ask_to_stop(v_running, 'cancelled', array_fill(v_reason, array[cardinality(v_running)]), null);
   perform pgworker.finish(v_ids, array_fill('cancelled'::text, array[cardinality(v_ids)]),
@@ -219,6 +223,7 @@ comment on function pgworker.refuse_name(text, text, int, text) is
 create function pgworker.pause_queue(name text) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $$
 begin
   perform pgworker.refuse_name('name', pause_queue.name);
@@ -234,6 +239,7 @@ comment on function pgworker.pause_queue(text) is
 create function pgworker.resume_queue(name text) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $$
 begin
   perform pgworker.refuse_name('name', resume_queue.name);

@@ -23,24 +23,25 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
-  v_roots  constant bigint[] := array(select distinct f.root_id from pgworker.finished f
-                                      where f.id = any (p_ids) and f.root_id is not null);
+  v_roots  constant bigint[] := array(select distinct f.root_id from pgworker.finished f where f.id = any (p_ids));
   v_ids    bigint[] := p_ids;
   v_again  bigint[];
   v_caused bigint[];
 begin
   loop
     with recursive below as (
-      select f.id, f.root_id from pgworker.finished f where f.id = any (v_ids) and f.root_id is not null
+      select f.id, f.root_id from pgworker.finished f where f.id = any (v_ids)
       union
       select c.id, b.root_id
       from below b
       cross join lateral (select f.id from pgworker.finished f
-                          where f.root_id = b.root_id and f.parent_id = b.id and f.state in ('failed', 'cancelled')) as c
+                          where f.root_id = b.root_id and f.parent_id = b.id and f.state in ('failed', 'cancelled')
+                          offset 0) as c
     )
     select coalesce(array_agg(b.id), '{}') into v_again from below b;
     v_caused := array(select f.id from pgworker.finished f
-                      where f.root_id = any (v_roots) and f.cause_id = any (v_again) and f.state in ('failed', 'cancelled'));
+                      where f.root_id = any (v_roots) and (f.cause_id in (select u.id from unnest(v_again) as u(id))) is true
+                        and f.state in ('failed', 'cancelled'));
     -- A parent that is live again must not start while another of its children has failed: two may have, at once.
     v_ids := array(select c.id from pgworker.finished c
                    where c.root_id = any (v_roots) and (c.parent_id in (select u.id from unnest(v_caused) as u(id))) is true
@@ -56,34 +57,40 @@ comment on function pgworker.consequences(bigint[]) is
   'Internal: what else is to run again when these finished jobs do: whatever failed or was cancelled below them, whatever '
   'did so anywhere in the tree because of any of these, and what else would have made the parents among these fail.';
 
-create function pgworker.lock_below(p_pending bigint[], p_finished bigint[]) returns bigint[]
+create function pgworker.lock_below(p_pending bigint[], p_finished bigint[], out pending bigint[], out may bigint[])
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
 as $$
 declare
-  v_again constant bigint[] := p_finished || pgworker.consequences(p_finished);
-  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f
-                                     where f.id = any (v_again) and f.root_id is not null);
+  v_roots  bigint[];
+  v_near   bigint[];
+  v_locked bigint[];
 begin
-  perform from pgworker.job j
-  where j.id = any (p_pending) and j.locked_by is null
-     or j.id = any (array(select o.id from pgworker.job o
-                          where o.root_id = any (v_roots)
-                            and (o.parent_id in (select u.id from unnest(v_again) as u(id))
-                                 or o.cause_id in (select u.id from unnest(v_again) as u(id))
-                                 or o.id in (select f.parent_id from pgworker.finished f where f.id = any (v_again))
-                                 or o.id in (select d.after_id from pgworker.dependency d where d.job_id = any (v_again)))))
-  order by j.id for update;
-  return v_again;
+  may := p_finished || pgworker.consequences(p_finished);
+  v_roots := array(select distinct f.root_id from pgworker.finished f where f.id = any (may));
+  v_near := array(select o.id from pgworker.job o
+                  where o.root_id = any (v_roots)
+                    and (o.parent_id in (select u.id from unnest(may) as u(id))
+                         or o.cause_id in (select u.id from unnest(may) as u(id))
+                         or o.id in (select f.parent_id from pgworker.finished f where f.id = any (may))
+                         or o.id in (select d.after_id from unnest(may) as u(id)
+                                     cross join lateral (select l.after_id from pgworker.dependency l
+                                                         where l.job_id = u.id offset 0) as d)));
+  v_locked := pgworker.lock_pending(p_pending, v_near);
+  pending := array(select j.id from pgworker.job j
+                   where j.id = any (v_locked) and j.locked_by is null
+                     and (j.id in (select u.id from unnest(p_pending) as u(id))) is true
+                   order by j.id);
 end
 $$;
 comment on function pgworker.lock_below(bigint[], bigint[]) is
   'Internal: locks those of the first that are live and not running, and the live jobs that it will concern if the '
   'second run again (parents, children, those that come before, those that were asked to stop), in one go: whoever ends '
-  'one of them now is done first, or sees what we do. Returns what may run again: no others, for a live job below one '
-  'that ended since is still counted by it.';
+  'one of them now is done first, or sees what we do. pending: those of the first that it has locked; what has come to '
+  'rest since would be out of order. may: what may run again; no others, for a live job below one that ended since is '
+  'still counted by it.';
 
 create function pgworker.rejoin(p_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe
@@ -95,44 +102,57 @@ set jit = off
 as $$
 declare
   v_roots   constant bigint[] := array(select distinct j.root_id from pgworker.job j where j.id = any (p_ids));
-  v_parents constant bigint[] := array(select distinct p.id from pgworker.job j join pgworker.job p on p.id = j.parent_id
+  v_parents constant bigint[] := array(select distinct p.id
+                                       from pgworker.job j
+                                       cross join lateral (select p.id from pgworker.job p
+                                                           where p.id = j.parent_id offset 0) as p
                                        where j.id = any (p_ids)
                                        except select u.id from unnest(p_ids) as u(id));
   v_below   bigint[];                              -- live, and locked by us
   v_spared  bigint[];                              -- who was to end because of these, and need not any more
   v_follows bigint[];                              -- siblings that wait for these still
-  v_depth   int;
+  v_counting bigint[];
+  v_depths  int[];
+  v_level   bigint[];
 begin
   -- Locked by lock_below(); what has come since and is somebody else's goes on by itself.
   v_below := array(select j.id from pgworker.job j
                    where j.root_id = any (v_roots)
-                     and (j.parent_id = any (p_ids) or j.ends_as is not null and j.cause_id = any (p_ids))
+                     and (j.parent_id in (select u.id from unnest(p_ids) as u(id))
+                          or j.ends_as is not null and j.cause_id in (select u.id from unnest(p_ids) as u(id)))
                    order by j.id for update skip locked);
   v_spared := array(select j.id from pgworker.job j
-                    where j.id = any (v_below) and j.ends_as is not null and j.cause_id = any (p_ids)
+                    where j.id = any (v_below) and j.ends_as is not null
+                      and (j.cause_id in (select u.id from unnest(p_ids) as u(id))) is true
                     union
                     select u.job_id from pgworker.unsettled u
-                    where u.job_id = any (v_parents) and u.what = 'fail' and u.cause_id = any (p_ids));
+                    where u.job_id = any (v_parents) and u.what = 'fail'
+                      and (u.cause_id in (select i.id from unnest(p_ids) as i(id))) is true);
   v_follows := array(select distinct f.id
                      from pgworker.job j
-                     join pgworker.dependency d on d.after_id = j.id
-                     join pgworker.job f on f.id = d.job_id
+                     cross join lateral (select d.job_id as id from pgworker.dependency d
+                                         where d.after_id = j.id offset 0) as f
                      where j.id = any (p_ids) and j.has_followers
+                       and exists (select from pgworker.job o where o.id = f.id offset 0)
                      except select u.id from unnest(p_ids) as u(id));
   -- Who forgets what these come after holds counters: he is waited for before we do.
   perform from pgworker.dependency d where d.job_id = any (p_ids) for update;
   -- All counters that are needed: those of live parents and of followers; of gates that live parents are behind, lest
   -- somebody opens one without seeing who is behind it; and what is left of these jobs' own, where somebody may be
   -- counting still.
-  perform from pgworker.counter c join pgworker.job j on j.id = c.job_id
+  select array_agg(j.id), array_agg(j.depth) into v_counting, v_depths
+  from pgworker.job j
   where j.id = any (p_ids || v_parents || v_spared || v_follows
-                    || array(select p.gate_id from pgworker.job p where p.id = any (v_parents) and p.gate_id is not null))
-    and (c.slot = 0 or j.id = any (p_ids || v_spared || v_follows))
+                    || array(select p.gate_id from pgworker.job p where p.id = any (v_parents)));
+  perform from unnest(v_counting, v_depths) as j(id, depth)
+  join pgworker.counter c on c.job_id = any (array[j.id])
+  where c.slot = 0 or j.id in (select u.id from unnest(p_ids || v_spared || v_follows) as u(id))
   order by j.depth + (not c.after)::int desc, c.after desc, c.slot = 0, c.job_id, c.slot
   for update of c;
   -- From here on nobody is counted by them any more but by us.
   if exists (select from pgworker.job j
-             where j.root_id = any (v_roots) and j.parent_id = any (p_ids) and j.slot is not null
+             where j.root_id = any (v_roots) and (j.parent_id in (select u.id from unnest(p_ids) as u(id))) is true
+               and j.slot is not null
                and j.id not in (select u.id from unnest(v_below) as u(id))) then
     raise exception using errcode = 'PW000', message = 'a child of a job that is retried is held by somebody';
   end if;
@@ -141,20 +161,21 @@ begin
   delete from pgworker.counter c where c.job_id = any (p_ids);
   delete from pgworker.unsettled u
   where u.ctid = any (array(select o.ctid from pgworker.unsettled o
-                            where o.job_id = any (p_ids || v_spared)
-                               or o.cause_id = any (p_ids)
+                            where o.job_id in (select i.id from unnest(p_ids || v_spared) as i(id))
+                               or o.cause_id in (select i.id from unnest(p_ids) as i(id))
                             for update skip locked));
   delete from pgworker.notice n
   using pgworker.job j
   where n.job_id = j.id and n.notice = 'cancel' and j.id = any (v_spared) and j.locked_by = n.worker_id;
   -- Not a parent that is live again only since lock_below() looked: it is somebody else's, and was not asked to stop.
   update pgworker.job j set ends_as = null, cancel_reason = null, cause_id = null
-  where j.id = any (v_below) and j.ends_as is not null and j.cause_id = any (p_ids);
+  where j.id = any (v_below) and j.ends_as is not null
+    and (j.cause_id in (select u.id from unnest(p_ids) as u(id))) is true;
 
   -- They are counted again: by live parents that have counters (others have ended, or never waited for anybody), ...
   with hit as materialized (
     select j.parent_id as id, count(*) as n from pgworker.job j
-    where j.id = any (p_ids) and j.parent_id = any (v_parents)
+    where j.id = any (p_ids) and (j.parent_id in (select u.id from unnest(v_parents) as u(id))) is true
     group by j.parent_id
   ), counted as (
     update pgworker.counter c set pending = c.pending + h.n
@@ -163,12 +184,11 @@ begin
     returning c.job_id
   )
   update pgworker.job j set slot = 0
-  from counted c
-  where j.id = any (p_ids) and j.parent_id = c.job_id;
+  where j.id = any (p_ids) and (j.parent_id in (select c.job_id from counted c)) is true;
   -- ... and by parents that are live again themselves, with whatever of theirs is live.
   with child as (
     update pgworker.job j set slot = 0
-    where j.id = any (v_below) and j.parent_id = any (p_ids)
+    where j.id = any (v_below) and (j.parent_id in (select u.id from unnest(p_ids) as u(id))) is true
     returning j.parent_id
   )
   insert into pgworker.counter (job_id, after, slot, pending)
@@ -181,11 +201,11 @@ begin
                                           and exists (select from pgworker.job a where a.id = d.after_id offset 0))
                      else (select count(*) from pgworker.job j
                            where j.root_id = any (v_roots) and j.parent_id = c.job_id and j.slot = c.slot) end
-  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id = any (v_spared));
+  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id in (select u.id from unnest(v_spared) as u(id)));
   update pgworker.counter c
   set pending = c.pending + (select count(*) from pgworker.counter o
                              where o.job_id = c.job_id and o.after = c.after and o.slot > 0 and o.pending > 0)
-  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id = any (v_spared)) and c.slot = 0;
+  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id in (select u.id from unnest(v_spared) as u(id))) and c.slot = 0;
 
   -- Siblings that have to finish first.
   with waits as (
@@ -201,18 +221,21 @@ begin
   update pgworker.dependency d set slot = 0 from counted c where d.job_id = c.job_id;
 
   -- The nearest closed gate, from above downwards, since it may be the parent's.
-  for v_depth in select distinct j.depth from pgworker.job j where j.id = any (p_ids) order by j.depth loop
+  for v_level in
+    select array_agg(j.id) from pgworker.job j where j.id = any (p_ids) group by j.depth order by j.depth
+  loop
     update pgworker.job j
     set gate_id = coalesce(
           (select case when exists (select from pgworker.counter o where o.job_id = p.id and o.after and o.slot = 0)
                        then p.id else p.gate_id end
            from pgworker.job p where p.id = j.parent_id),
           (select c.job_id from pgworker.counter c where c.job_id = j.id and c.after and c.slot = 0))
-    where j.id = any (p_ids) and j.depth = v_depth;
+    where j.id = any (v_level);
   end loop;
   update pgworker.job j set waiting = false
   where j.id = any (p_ids) and j.gate_id is null
-    and not exists (select from pgworker.counter c where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0);
+    and not exists (select from pgworker.counter c
+                    where c.job_id = j.id and not c.after and c.slot = 0 and c.pending > 0 offset 0);
 end
 $$;
 comment on function pgworker.rejoin(bigint[]) is
@@ -231,6 +254,7 @@ as $$
 declare
   v_late  constant bigint[] := pgworker.lock_compensated(p_ids);
   v_asked bigint[];
+  v_again bigint[];
   v_ids   bigint[];
   v_nodes bigint[];
   v_keeps boolean;
@@ -244,9 +268,11 @@ begin
     where f.id = any (p_ids) and f.state = any (p_states) and f.id not in (select u.id from unnest(v_late) as u(id))
       and coalesce(p_attempts, f.attempts) < coalesce(p_max_attempts, f.max_attempts)
     order by f.id);
+  v_again := v_asked || pgworker.consequences(v_asked);
   v_ids := array(
     select f.id from pgworker.finished f
-    where f.id = any (v_asked || pgworker.consequences(v_asked)) and f.id = any (p_may) and f.state in ('failed', 'cancelled')
+    where f.id = any (v_again) and (f.id in (select u.id from unnest(p_may) as u(id))) is true
+      and f.state in ('failed', 'cancelled')
     order by f.id
     for update);
   -- Twice: with their keys, in the order of keys, and what meets a live job once more without.
@@ -255,24 +281,24 @@ begin
                               max_attempts, waiting, has_children, has_followers, task_identifier, payload, queue_name,
                               key, flags, last_error, progress, name, on_failure, limit_key, unique_until,
                               recorded, lane)
-    select f.id, case when a.id is not null then coalesce(p_run_at, f.run_at) else f.run_at end, f.created_at, f.parent_id,
-           f.root_id, f.depth, f.revision, case when a.id is not null then coalesce(p_priority, f.priority) else f.priority end,
-           case when a.id is not null then coalesce(p_attempts, f.attempts) else 0 end,
-           case when a.id is not null then coalesce(p_max_attempts, f.max_attempts) else f.max_attempts end,
+    select f.id, case when a.asked then coalesce(p_run_at, f.run_at) else f.run_at end, f.created_at, f.parent_id,
+           f.root_id, f.depth, f.revision, case when a.asked then coalesce(p_priority, f.priority) else f.priority end,
+           case when a.asked then coalesce(p_attempts, f.attempts) else 0 end,
+           case when a.asked then coalesce(p_max_attempts, f.max_attempts) else f.max_attempts end,
            f.root_id is not null, f.has_children, f.has_followers, f.task_identifier, f.payload, f.queue_name,
            case when v_keeps then f.key end, f.flags, case when f.cause_id is null then f.last_error end, f.progress,
            f.name, f.on_failure, f.limit_key, case when v_keeps then f.unique_until end, f.recorded,
            (select pgworker.lane(t.keyed, f.limit_key, f.queue_name) from pgworker.task t
             where t.identifier = f.task_identifier and t.limited)
     from pgworker.finished f
-    left join unnest(v_asked) as a(id) on a.id = f.id
+    cross join lateral (select (f.id in (select u.id from unnest(v_asked) as u(id))) is true as asked offset 0) as a
     where f.id = any (v_ids) and (v_keeps or not exists (select from pgworker.job j where j.id = f.id offset 0))
     order by f.key, f.id
     on conflict (key) where key is not null do nothing;
   end loop;
   delete from pgworker.finished f where f.id = any (v_ids);
   update pgworker.compensation c set node = null, finished_at = null where c.node_id = any (v_ids) and c.node is not null;
-  v_nodes := array(select j.id from pgworker.job j where j.id = any (v_ids) and j.root_id is not null);
+  v_nodes := array(select j.id from pgworker.job j where j.id = any (v_ids) and num_nulls(j.root_id) = 0);
   if cardinality(v_nodes) > 0 then
     perform pgworker.rejoin(v_nodes);
     -- Of a tree that stays failed: what completes now is undone too.
@@ -297,8 +323,7 @@ declare
 begin
   loop
     begin
-      v_may := pgworker.lock_below(p_pending, p_ids);
-      pending := pgworker.lock_pending(p_pending);
+      select b.pending, b.may into pending, v_may from pgworker.lock_below(p_pending, p_ids) as b;
       revived := pgworker.revive_locked(p_ids, v_may, p_states, p_run_at, p_priority, p_attempts, p_max_attempts);
       exit;
     exception when sqlstate 'PW000' then

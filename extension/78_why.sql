@@ -230,6 +230,7 @@ comment on function pgworker.why_unclaimed(bigint) is
 create function pgworker.why(job_id bigint) returns text
 language plpgsql stable parallel safe security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $$
 declare
   v_job    record;

@@ -8,7 +8,9 @@ import pytest
 
 from tests.calling import FUTURE, PAST, Conn, add, call, claim, claim_ids, refused, register, seen, value
 from tests.clock import move_clock
+from tests.connections import Connections
 from tests.lifecycle import bring, job_in
+from tests.sessions import Background
 
 
 @pytest.mark.parametrize(
@@ -168,3 +170,24 @@ def test_the_state_named_in_the_call_is_seen_in_what_it_returns(tx: Conn) -> Non
     jobs = [job_in(tx, "ready"), job_in(tx, "scheduled")]
     changed = call(tx, "reschedule_jobs", jobs, run_at=FUTURE)
     assert [job["state"] for job in changed] == ["scheduled", "scheduled"]
+
+
+def test_what_comes_to_rest_meanwhile_is_not_waited_for(db: Conn, connect: Connections) -> None:
+    """It comes before what is locked already: whoever has it may be waiting for that one."""
+    holder, taker, administrator = connect(), connect(), connect()
+    worker = register(db)
+    running = add(db, priority=-1)["id"]
+    assert claim_ids(db, worker) == [running]
+    later = add(db)["id"]
+    holder.execute("begin")
+    holder.execute("select from pgworker.job where id = %s for update", [later])
+    query = "select id from pgworker.reschedule_jobs(array[%s::bigint, %s], priority => 5)"
+    rescheduling = Background(administrator, query, running, later)
+    rescheduling.wait_until_blocked(db)
+    call(db, "release_jobs", worker, [running])
+    taker.execute("begin")
+    taker.execute("select from pgworker.job where id = %s for update", [running])
+    holder.execute("rollback")
+    assert rescheduling.result() == [{"id": later}]
+    taker.execute("rollback")
+    assert seen(db, running)["priority"] == -1

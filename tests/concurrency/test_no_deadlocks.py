@@ -13,8 +13,10 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
+from pgworker_client.embedded import EmbeddedServer
 from tests.invariants import assert_all_claimable, assert_consistent
 from tests.parallel import in_parallel
+from tests.server_errors import errors, log_length
 from tests.waiting import until
 
 Conn = psycopg.Connection[Any]
@@ -170,7 +172,9 @@ def _come_and_vanish(storm: Storm, dsn: str, chance: random.Random, conn: Conn) 
         time.sleep(0.05)
 
 
-def test_a_storm_of_everything_ends_with_every_job_finished_or_claimable(dsn: str, db: Conn) -> None:
+def test_a_storm_of_everything_ends_with_every_job_finished_or_claimable(
+    dsn: str, db: Conn, server: EmbeddedServer
+) -> None:
     db.execute("insert into pgworker.setting values ('rescue_grace', '100 ms')")
     storm = Storm()
     roles: list[Role] = [*[_produce] * 4, *[_work] * 8, *[_administrate] * 5]
@@ -178,7 +182,11 @@ def test_a_storm_of_everything_ends_with_every_job_finished_or_claimable(dsn: st
         functools.partial(role, storm, random.Random(n)) for n, role in enumerate(roles)
     ]
     parts.append(functools.partial(_come_and_vanish, storm, dsn, random.Random(99)))
-    in_parallel(dsn, parts, options="-cdeadlock_timeout=100ms -clog_lock_waits=on", timeout=SECONDS + 40)
+    since = log_length(server)
+    try:
+        in_parallel(dsn, parts, options="-cdeadlock_timeout=100ms -clog_lock_waits=on", timeout=SECONDS + 40)
+    except psycopg.errors.DeadlockDetected as error:
+        raise AssertionError("\n\n".join(errors(server, since)[:3])) from error
 
     # Every part of it has had its turn, and the workers, whose sessions are gone, are found dead.
     assert storm.counts["finish_jobs: completed"] > 50, storm.counts

@@ -25,6 +25,7 @@ class Explained:
 
     def __init__(self, conn: Conn) -> None:
         self.plans: list[tuple[str, Plan]] = []
+        self.told: list[tuple[str, str, Plan]] = []
         conn.execute("load 'auto_explain'")
         conn.add_notice_handler(self._hear)
         for name, setting in _SETTINGS.items():
@@ -35,6 +36,7 @@ class Explained:
         if "plan:" in text:
             told = json.loads(text.partition("plan:")[2])
             self.plans.append((told["Query Text"], told["Plan"]))
+            self.told.append((told["Query Text"], said.context or "", told["Plan"]))
 
     def forget(self) -> None:
         """Start anew."""

@@ -22,6 +22,7 @@ import pytest
 from pgworker_client.embedded import EmbeddedServer
 from tests.calling import Conn, register, value, values
 from tests.invariants import violations
+from tests.server_errors import errors
 from tests.waiting import until
 
 SECONDS = float(os.environ.get("PGWORKER_STORM_SECONDS", "10"))
@@ -35,22 +36,6 @@ def _start(dsn: str, seed: int, seconds: float, log: Path) -> subprocess.Popen[b
         return subprocess.Popen(
             command, cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL, stdout=file, stderr=file
         )
-
-
-def _errors(server: EmbeddedServer) -> list[str]:
-    """Return what the server's log says of deadlocks and of anything that is no fault of a client.
-
-    With each, what is said of the processes that it names while they waited.
-    """
-    entries = re.split(r"^(?=\S+ \S+ \S+ \[\d+\] )", server.log.read_text(), flags=re.M)
-    found = []
-    for n, entry in enumerate(entries):
-        if re.search("deadlock detected|PANIC:|violates|XX000", entry):
-            pids = set(re.findall(r"[Pp]rocess (\d+)", entry + entries[min(n + 1, len(entries) - 1)]))
-            pids |= set(re.findall(r"^\S+ \S+ \S+ \[(\d+)\]", entry))
-            about = [e for e in entries[max(0, n - 60) : n + 12] if any(f"[{pid}]" in e for pid in pids)]
-            found.append("".join(about)[-12000:])
-    return found
 
 
 def _drain(db: Conn) -> None:
@@ -111,7 +96,7 @@ def test_a_storm_on_overlapping_trees_ends_with_every_tree_ended(own_server: Emb
     did: Counter[str] = Counter()
     for line in re.findall(r"^did (.*)$", said, re.M):
         did.update(json.loads(line))
-    assert not _errors(own_server), "\n\n".join(_errors(own_server)[:3])
+    assert not errors(own_server), "\n\n".join(errors(own_server)[:3])
     assert not [line for line in said.splitlines() if not line.startswith("did ")], said[:5000]
     assert killed
     assert len([name for name in did if not name.startswith("error")]) > 15, did
