@@ -68,7 +68,7 @@ begin
   select jsonb_object_agg(c.task, jsonb_build_object('lane', c.lane)) into v_turns
   from (select distinct on (u.task) u.task, u.lane
         from unnest(p_tasks, p_lanes) with ordinality as u(task, lane, n)
-        where exists (select from pgworker.task t where t.identifier = u.task and t.fair)
+        where exists (select from pgworker.task t where t.identifier = u.task and t.fair offset 0)
         order by u.task, u.n desc) as c;
   if v_turns is not null then
     if hashtext(v_json)::text = split_part(v_text, '#', 1) then
@@ -260,7 +260,7 @@ begin
   where p.job_id = any (p_job_ids) and (p.kind = 'rate' and p.free_at > v_now) is true
     and not exists (select from pgworker.permit o
                     where o.job_id = p.job_id and o.kind = 'rate' and o.task_identifier = p.task_identifier
-                      and o.lane_key = p.lane_key and (o.free_at, o.n) > (p.free_at, p.n));
+                      and o.lane_key = p.lane_key and (o.free_at, o.n) > (p.free_at, p.n) offset 0);
 end
 $$;
 comment on function pgworker.refund_permits(bigint[]) is

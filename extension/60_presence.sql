@@ -132,10 +132,8 @@ set jit = off
 as $$
 begin
   insert into pgworker.notice (worker_id, job_id, notice)
-  select w.id, j.id, 'lost'
-  from pgworker.job j
-  join pgworker.worker w on w.id = j.locked_by
-  where j.id = any (p_ids)
+  select j.locked_by, j.id, 'lost' from pgworker.job j
+  where j.id = any (p_ids) and exists (select from pgworker.worker w where w.id = j.locked_by offset 0)
   on conflict (worker_id, job_id) do update set notice = 'lost';
 end
 $$;

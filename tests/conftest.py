@@ -40,10 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What pytest makes of the tests and of Hypothesis takes seconds, and is kept even where PYTHONDONTWRITEBYTECODE
-    # wants no bytecode beside the sources.
+    # What is compiled of the tests, and of the package by hundreds of processes that they start, takes minutes together, and
+    # is kept even where PYTHONDONTWRITEBYTECODE wants no bytecode beside the sources.
     if sys.dont_write_bytecode:
         sys.dont_write_bytecode, sys.pycache_prefix = False, str(config.rootpath / ".venv/bytecode")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
     for name in list(os.environ):  # libpq's variables, which would lead the tests to another server
         if (name.startswith("PG") and not name.startswith(("PG_", "PGWORKER_"))) or name == "DATABASE_URL":
             del os.environ[name]

@@ -34,14 +34,21 @@ class Storm:
     """What the sessions share: when to stop, which workers there are, and what became of things."""
 
     def __init__(self) -> None:
-        self.stop_at = time.monotonic() + SECONDS
+        self.begun = time.monotonic()
         self.workers: list[int] = []
         self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()
 
     @property
     def over(self) -> bool:
-        return time.monotonic() > self.stop_at
+        passed = time.monotonic() - self.begun
+        return passed > 10 * SECONDS or (passed > SECONDS and self.has_seen_everything)
+
+    @property
+    def has_seen_everything(self) -> bool:
+        """Whether every part of it has had its turn, on however slow a machine."""
+        counts = self.counts
+        return counts["finish_jobs: completed"] > 50 and counts["vanished"] > 5 and len(counts) > 20
 
     def count(self, what: str) -> None:
         with self.lock:
@@ -184,15 +191,13 @@ def test_a_storm_of_everything_ends_with_every_job_finished_or_claimable(
     parts.append(functools.partial(_come_and_vanish, storm, dsn, random.Random(99)))
     since = log_length(server)
     try:
-        in_parallel(dsn, parts, options="-cdeadlock_timeout=100ms -clog_lock_waits=on", timeout=SECONDS + 40)
+        in_parallel(dsn, parts, options="-cdeadlock_timeout=100ms -clog_lock_waits=on", timeout=10 * SECONDS + 40)
     except psycopg.errors.DeadlockDetected as error:
         raise AssertionError("\n\n".join(errors(server, since)[:3])) from error
 
-    # Every part of it has had its turn, and the workers, whose sessions are gone, are found dead.
-    assert storm.counts["finish_jobs: completed"] > 50, storm.counts
-    assert storm.counts["vanished"] > 5, storm.counts
-    assert len(storm.counts) > 20, storm.counts
+    assert storm.has_seen_everything, storm.counts
 
+    # The workers, whose sessions are gone, are found dead.
     def rescued() -> bool:
         db.execute("select pgworker.maintain()")
         return db.execute("select from pgworker.worker").fetchone() is None
