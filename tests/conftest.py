@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What is compiled of the tests, and of the package by hundreds of processes that they start, takes minutes together, and
+    # To compile the tests, and the package in each of hundreds of processes that they start, takes minutes; what comes of it
     # is kept even where PYTHONDONTWRITEBYTECODE wants no bytecode beside the sources.
     if sys.dont_write_bytecode:
         sys.dont_write_bytecode, sys.pycache_prefix = False, str(config.rootpath / ".venv/bytecode")
