@@ -40,8 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # To compile the tests, and the package in each of hundreds of processes that they start, takes minutes; what comes of it
-    # is kept even where PYTHONDONTWRITEBYTECODE wants no bytecode beside the sources.
+    # To compile the tests, and the package in each of hundreds of processes that they start, takes minutes; what
+    # comes of it is kept even where PYTHONDONTWRITEBYTECODE wants no bytecode beside the sources.
     if sys.dont_write_bytecode:
         sys.dont_write_bytecode, sys.pycache_prefix = False, str(config.rootpath / ".venv/bytecode")
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
