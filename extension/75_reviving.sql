@@ -205,7 +205,8 @@ begin
   update pgworker.counter c
   set pending = c.pending + (select count(*) from pgworker.counter o
                              where o.job_id = c.job_id and o.after = c.after and o.slot > 0 and o.pending > 0)
-  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id in (select u.id from unnest(v_spared) as u(id))) and c.slot = 0;
+  where c.job_id = any (v_spared || v_follows) and (c.after or c.job_id in (select u.id from unnest(v_spared) as u(id)))
+    and c.slot = 0;
 
   -- Siblings that have to finish first.
   with waits as (
