@@ -156,6 +156,7 @@ class Pair:
         conn.execute(how.encode())
 
 
+@pytest.mark.timeout(600)  # some 400 pairs each
 @pytest.mark.parametrize("which", SCENES)
 def test_two_transactions_leave_what_one_after_the_other_would(db: Conn, connect: Connections, which: str) -> None:
     worker = register(db, lease="1 hour")
