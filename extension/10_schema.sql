@@ -28,7 +28,8 @@
 -- rows, by index: j.id = any (array[e.id]) instead of j.id = e.id (no merge join, so no scan in the order of the key), or a
 -- lateral subquery with OFFSET 0 (always where only the id is needed, which the index gives by itself). EXISTS has an
 -- OFFSET 0 too. No further condition may fit an index: a partial one's predicate, or a later column compared with a
--- constant, makes it look cheap to read all of it; so (...) is true, or num_nulls() = 0. Not by ctid, unless the row is
+-- constant, makes it look cheap to read all of it; so (...) is true, or num_nulls() = 0. What is looked up by another
+-- column is ordered by id + 0, or all of it might be read in the order of the primary key. Not by ctid, unless the row is
 -- locked: a ctid is not checked again after waiting for somebody who changed the row.
 -- Whether an id is among many is asked with not in (select ... from unnest(...)), or (... in (...)) is true: both are looked
 -- up in a hash table, which = any and <> all are not in a plan that is kept, and in alone may become a nested loop.

@@ -1,24 +1,9 @@
 -- 32_bulk.sql: adding many jobs at once
 --
---   keyed_jobs    the live jobs that have these keys
 --   add_jobs      the public function
 --
 -- Locks: the live rows with the same job keys, by id. A bulk call adds new keys in their order, so that two of them
 -- cannot wait for each other.
-
-create function pgworker.keyed_jobs(p_keys text[]) returns bigint[]
-language plpgsql stable parallel safe
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-as $$
-begin
-  return array(select l.id from unnest(p_keys) as k(key)
-               cross join lateral (select j.id from pgworker.job j where j.key = k.key offset 0) as l);
-end
-$$;
-comment on function pgworker.keyed_jobs(text[]) is
-  'Internal: the live jobs that have these keys, looked up one by one.';
 
 create function pgworker.add_jobs(specs jsonb) returns setof pgworker.jobs
 language plpgsql volatile parallel unsafe security definer
@@ -32,7 +17,6 @@ declare
   v_specs jsonb[];
   v_ids   bigint[];
   v_keys  text[];
-  v_live  bigint[];
   v_locked bigint;
   v_folds bigint[];
   v_first bigint[];
@@ -71,10 +55,7 @@ begin
       -- in their order, which waits for nobody but those who are just adding one of them. So far two calls that share
       -- keys wait for each other in one direction only. A key that came up in between can then be locked at once, or
       -- everything is undone and begun again: waiting for it here could be a deadlock.
-      if cardinality(v_keys) > 0 then
-        v_live := pgworker.keyed_jobs(v_keys);
-        perform from pgworker.job j where j.id = any (v_live) order by j.id for update;
-      end if;
+      perform from pgworker.job j where j.key = any (v_keys) order by j.id + 0 for update;
 
       with spec as materialized (
         -- Those that a window answers come after the others of their key, of which one is to be inserted.
@@ -114,10 +95,8 @@ begin
       if cardinality(v_folds) > 0 then
         v_must := array(select k.key from unnest(v_keys) as k(key)
                         where k.key not in (select a.key from unnest(v_answered) as a(key)));
-        v_live := pgworker.keyed_jobs(v_answered);
-        perform from pgworker.job j where j.id = any (v_live) order by j.id for update nowait;
-        v_live := pgworker.keyed_jobs(v_must);
-        perform from pgworker.job j where j.id = any (v_live) and num_nulls(j.key) = 0 order by j.id for update nowait;
+        perform from pgworker.job j where j.key = any (v_answered) order by j.id + 0 for update nowait;
+        perform from pgworker.job j where j.key = any (v_must) order by j.id + 0 for update nowait;
         get diagnostics v_locked = row_count;
         if v_locked < cardinality(v_must) then     -- one has gone since
           raise lock_not_available;

@@ -60,7 +60,7 @@ declare
 begin
   return query
   select v.* from pgworker.jobs v where v.root_id = v_root and v.parent_id = children.job_id
-  order by v.id + 0;                               -- sorted, and not read in the order of an index
+  order by v.id + 0;
 end
 $$;
 comment on function pgworker.children(bigint) is 'The children of a job, live and finished, in the order of their ids.';

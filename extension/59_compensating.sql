@@ -38,8 +38,6 @@ declare
   v_node  record;
   v_spec  record;
   v_where text;
-  v_undoing constant boolean := exists (select from pgworker.compensation c
-                                        where c.root_id = p_root_id and c.job_id is not null);
 begin
   for v_node in
     select s.n, s.spec -> 'compensate' as spec
@@ -56,7 +54,7 @@ begin
                          left(v_spec.payload::text, 200)),
         hint = 'The compensation finds there what it is to undo: the node''s id, payload and result.';
     end if;
-    if v_undoing then
+    if exists (select from pgworker.compensation c where c.root_id = p_root_id and c.job_id is not null) then
       perform pgworker.refuse_tree(format('%s is below a compensation', v_where), 'What undoes is not undone: leave it out.');
     end if;
     insert into pgworker.compensation (node_id, root_id, spec) values (p_ids[v_node.n], p_root_id, v_node.spec);
@@ -175,16 +173,11 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
-  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f
-                                     where f.id = any (p_ids));
+  v_roots constant bigint[] := array(select distinct f.root_id from pgworker.finished f where f.id = any (p_ids));
 begin
   update pgworker.compensation c set root_id = c.root_id
-  where c.node_id = any (array(
-    select o.node_id from pgworker.compensation o
-    where o.node_id = any (array(select l.node_id from unnest(v_roots) as r(id)
-                                 cross join lateral (select i.node_id from pgworker.compensation i
-                                                     where i.root_id = r.id offset 0) as l))
-    order by o.node_id for update));
+  where c.node_id = any (array(select o.node_id from pgworker.compensation o where o.root_id = any (v_roots)
+                               order by o.node_id + 0 for update));
   -- Compensations, and whatever they have added, came after all jobs of the tree.
   return array(select f.id from pgworker.finished f
                where f.id = any (p_ids)

@@ -111,8 +111,6 @@ declare
   v_below   bigint[];                              -- live, and locked by us
   v_spared  bigint[];                              -- who was to end because of these, and need not any more
   v_follows bigint[];                              -- siblings that wait for these still
-  v_counting bigint[];
-  v_depths  int[];
   v_level   bigint[];
 begin
   -- Locked by lock_below(); what has come since and is somebody else's goes on by itself.
@@ -140,13 +138,10 @@ begin
   -- All counters that are needed: those of live parents and of followers; of gates that live parents are behind, lest
   -- somebody opens one without seeing who is behind it; and what is left of these jobs' own, where somebody may be
   -- counting still.
-  select array_agg(j.id), array_agg(j.depth) into v_counting, v_depths
-  from pgworker.job j
+  perform from pgworker.job j join pgworker.counter c on c.job_id = any (array[j.id])
   where j.id = any (p_ids || v_parents || v_spared || v_follows
-                    || array(select p.gate_id from pgworker.job p where p.id = any (v_parents)));
-  perform from unnest(v_counting, v_depths) as j(id, depth)
-  join pgworker.counter c on c.job_id = any (array[j.id])
-  where c.slot = 0 or j.id in (select u.id from unnest(p_ids || v_spared || v_follows) as u(id))
+                    || array(select p.gate_id from pgworker.job p where p.id = any (v_parents)))
+    and (c.slot = 0 or j.id in (select u.id from unnest(p_ids || v_spared || v_follows) as u(id)))
   order by j.depth + (not c.after)::int desc, c.after desc, c.slot = 0, c.job_id, c.slot
   for update of c;
   -- From here on nobody is counted by them any more but by us.

@@ -25,7 +25,7 @@ class Explained:
 
     def __init__(self, conn: Conn) -> None:
         self.plans: list[tuple[str, Plan]] = []
-        self.told: list[tuple[str, str, Plan]] = []
+        self.contexts: list[str] = []
         conn.execute("load 'auto_explain'")
         conn.add_notice_handler(self._hear)
         for name, setting in _SETTINGS.items():
@@ -36,11 +36,12 @@ class Explained:
         if "plan:" in text:
             told = json.loads(text.partition("plan:")[2])
             self.plans.append((told["Query Text"], told["Plan"]))
-            self.told.append((told["Query Text"], said.context or "", told["Plan"]))
+            self.contexts.append(said.context or "")
 
     def forget(self) -> None:
         """Start anew."""
         self.plans.clear()
+        self.contexts.clear()
 
     def of(self, words: str) -> Plan:
         """Return the plan of the statement that contains ``words``."""

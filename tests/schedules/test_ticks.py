@@ -161,13 +161,9 @@ def test_many_long_backfills_do_not_keep_a_new_tick_waiting(clocked: Conn) -> No
     schedule(clocked, "0 * * * *")
     at(clocked, "18:00:00")
     maintain(clocked)
-    for time in (
-        "18:00:01",
-        "18:00:07",
-    ):  # a vacuum may have had the table to itself for a moment: then five seconds later
-        at(clocked, time)
-        maintain(clocked)
-    assert ticks(clocked) == ["18:00"]
+    at(clocked, "18:00:01")
+    maintain(clocked)
+    assert ticks(clocked) == ["18:00"], values(clocked, "select last_error from pgworker.schedules")
 
 
 def test_a_thousand_schedules_due_at_once_are_all_run(clocked: Conn) -> None:
