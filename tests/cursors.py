@@ -18,10 +18,13 @@ def numbers(conn: Conn) -> list[str]:
     return row[0].split(" ") if row and row[0] else []
 
 
-def sweeps_cost(conn: Conn, microseconds: int) -> None:
-    """Let the session believe that it looked everywhere just now, at that cost; below 1,000 every claim does."""
+def sweeps_cost(conn: Conn, microseconds: int, ago: int = 0) -> None:
+    """Let the session believe that it looked everywhere so many microseconds ago, at that cost.
+
+    Below a cost of 1,000 microseconds every claim does.
+    """
     if seen := numbers(conn):
-        row = conn.execute("select pgworker.cursor_at(clock_timestamp())").fetchone()
+        row = conn.execute("select pgworker.cursor_at(clock_timestamp()) - %s", [ago]).fetchone()
         assert row is not None
         seen[SWEPT], seen[COST] = str(row[0]), str(microseconds)
         seen[0] = "0"

@@ -19,6 +19,7 @@ import pytest
 
 from pgworker_client import Context, JobEvent, Worker, add_job, add_jobs, cancel_jobs, configure_task
 from pgworker_client.process_pool import processors
+from tests.calling import retry_in_an_hour
 from tests.client import process_handlers as handlers
 from tests.client.background import Background
 from tests.client.command import ROOT, Spawn, ended
@@ -113,6 +114,7 @@ def test_a_handler_that_crashes_its_process_fails_alone_and_the_others_go_on(dsn
 
 def test_a_real_crash_is_retried_like_any_failure(dsn: str, db: Db) -> None:
     job = add_job(db, "null_pointer")
+    retry_in_an_hour(db, "null_pointer")
     worker_with(dsn, handlers.null_pointer).run_once()
     assert outcome(db, job.id) == ("scheduled", None, "the process of the handler was killed by SIGSEGV")
 
@@ -189,6 +191,7 @@ def test_retry_fail_and_cancel_mean_the_same_there(dsn: str, db: Db) -> None:
 
 def test_a_batch_may_fail_in_part(dsn: str, db: Db) -> None:
     job = add_job(db, "batch", [1, 0, 2])
+    retry_in_an_hour(db, "batch")
     worker_with(dsn, handlers.batch).run_once()
     row = db.execute("select state, payload, last_error from pgworker.jobs where id = %s", [job.id]).fetchone()
     assert row == ("scheduled", [0], "1 of 3 items failed\n[1] ValueError: odd")

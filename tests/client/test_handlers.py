@@ -15,6 +15,7 @@ from psycopg.conninfo import make_conninfo
 
 from pgworker_client import BlockingContext, Cancel, Context, Fail, Job, JobLost, Worker, add_job, add_jobs
 from pgworker_client.job import moment
+from tests.calling import retry_in_an_hour
 from tests.client.background import running
 from tests.waiting import until, until_row
 
@@ -178,6 +179,7 @@ def _keep_sync(_payload: Any, ctx: BlockingContext) -> Any:
 @pytest.mark.parametrize("handler", [_keep_async, _keep_sync])
 def test_progress_is_seen_from_outside_and_recovered_by_the_next_attempt(dsn: str, db: Db, handler: Any) -> None:
     job = add_job(db, "keep")
+    retry_in_an_hour(db, "keep")
     worker = Worker(dsn, tasks={"keep": handler})
     worker.run_once()
     assert db.execute("select state, progress from pgworker.jobs").fetchall() == [("scheduled", {"page": 7})]
@@ -472,6 +474,7 @@ def test_a_role_that_may_work_and_nothing_else_is_enough(dsn: str, db: Db, role:
 
     worker.task("t")(handler)
     add_jobs(db, [{"identifier": "t", "payload": name} for name in outcomes])
+    retry_in_an_hour(db, "t")
     worker.run_once()
     rows = db.execute("select payload #>> '{}', state from pgworker.jobs").fetchall()
     assert dict(rows) == {"good": "completed", "bad": "scheduled", "never": "failed", "not": "cancelled"}

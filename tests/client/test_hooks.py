@@ -12,6 +12,7 @@ import pytest
 
 from pgworker_client import Cancel, Context, Fail, JobEvent, Node, Retry, Worker, WorkerEvent, add_job, add_job_tree
 from pgworker_client import hooks as hooks_module
+from tests.calling import retry_in_an_hour
 from tests.client.background import Background, running
 from tests.waiting import until, until_row
 
@@ -288,6 +289,7 @@ def test_a_hook_that_cannot_keep_up_loses_events_and_it_is_said_how_many(
 
 def test_an_event_that_cannot_be_made_harms_nothing(dsn: str, db: Db, caplog: pytest.LogCaptureFixture) -> None:
     db.execute("select pgworker.add_job('t', format('%s', repeat('9', 5000))::jsonb)")  # more digits than Python reads
+    retry_in_an_hour(db, "t")
     worker = Worker(dsn, tasks={"t": fine})
     seen = told(worker)
     with caplog.at_level(logging.ERROR, "pgworker"):

@@ -10,6 +10,7 @@ import pytest
 
 from pgworker_client import Cancel, Context, Fail, Node, Retry, Worker, add_job, add_job_tree
 from pgworker_client.middleware import CallNext
+from tests.calling import retry_in_an_hour
 from tests.client.background import running
 from tests.waiting import until_row
 
@@ -73,6 +74,7 @@ def test_what_it_raises_decides_about_the_job(dsn: str, db: Db, error: Exception
         raise error
 
     add_job(db, "t")
+    retry_in_an_hour(db, "t")
     worker.run_once()
     assert job(db, "state") == (state,)
     assert called == ([{}] if when == "after" else [])
@@ -149,6 +151,7 @@ def test_a_timeout_is_the_handlers_and_middleware_sees_it(dsn: str, db: Db, is_a
             raise
 
     add_job(db, "t")
+    retry_in_an_hour(db, "t")
     worker.run_once()
     assert seen == ["TimedOut"]
     assert job(db) == ("scheduled", "timed out after 0.05 s")

@@ -10,6 +10,7 @@ import pytest
 
 from pgworker_client import Cancel, Context, Fail, Retry, Worker, add_job
 from pgworker_client.outcome import ERROR_LIMIT
+from tests.calling import retry_in_an_hour
 
 Db = psycopg.Connection[Any]
 
@@ -36,6 +37,7 @@ def job(db: Db, columns: str = "state, attempts, last_error") -> tuple[Any, ...]
 
 def test_an_error_is_retried_and_keeps_type_message_and_traceback(dsn: str, db: Db) -> None:
     add_job(db, "t")
+    retry_in_an_hour(db, "t")
     run(dsn, raising(KeyError("colour")))
     state, attempts, error = job(db)
     assert (state, attempts) == ("scheduled", 1)
@@ -138,6 +140,7 @@ def test_a_retry_that_cannot_be_is_refused(arguments: dict[str, Any], message: s
 
 def test_a_retry_at_a_time_that_the_database_refuses_is_a_failure_like_any_other(dsn: str, db: Db) -> None:
     add_job(db, "t")
+    retry_in_an_hour(db, "t")
     run(dsn, raising(Retry(in_=1e300, reason="in ages")))
     state, _, error = job(db)
     assert state == "scheduled"
@@ -163,6 +166,7 @@ def test_of_an_array_only_the_part_that_failed_is_retried(dsn: str, db: Db) -> N
         return [None, ValueError("bad item"), 5, KeyError("x")]
 
     db.execute("""select pgworker.add_job('t', '[1, {"n": 1.10000000000000000001}, "a, ]b", [2, {"k": []}]]')""")
+    retry_in_an_hour(db, "t")
     run(dsn, handler)
     state, attempts, error = job(db)
     assert (state, attempts) == ("scheduled", 1)
@@ -206,6 +210,7 @@ def test_a_payload_that_python_cannot_read_fails_its_own_job_only(dsn: str, db: 
 
     db.execute("select pgworker.add_job('t', ('{\"n\": ' || repeat('9', 5000) || '}')::jsonb)")
     add_job(db, "t")
+    retry_in_an_hour(db, "t")
     run(dsn, handler)
     rows = db.execute("select state, last_error from pgworker.jobs order by id").fetchall()
     assert [row[0] for row in rows] == ["scheduled", "completed"]

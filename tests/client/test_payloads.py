@@ -20,6 +20,7 @@ from pgworker_client import Worker, add_job
 from pgworker_client.loading import load_directory
 from pgworker_client.payloads import converter
 from pgworker_client.shapes import Misfit
+from tests.calling import retry_in_an_hour
 from tests.client import payload_types as types
 
 Db = psycopg.Connection[Any]
@@ -61,6 +62,7 @@ def test_a_payload_that_does_not_fit_fails_for_good_and_says_each_field(dsn: str
 
 def test_a_batch_is_a_list_of_instances_and_may_fail_in_part(dsn: str, db: Db) -> None:
     add_job(db, "orders", [{"sku": "a"}, {"sku": "b", "count": 10}])
+    retry_in_an_hour(db, "orders")
     Worker(dsn, tasks={"orders": types.orders}).run_once()
     state, payload, error = job(db, "state, payload, last_error")
     assert (state, payload) == ("scheduled", [{"sku": "b", "count": 10}])

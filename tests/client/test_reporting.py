@@ -14,6 +14,7 @@ from pgworker_client import Cancel, Context, Fail, Retry, Worker, add_jobs
 from pgworker_client.connection import Link
 from pgworker_client.errors import LinkDown
 from pgworker_client.reports import Cancelled, Finish, Outbox, Special
+from tests.calling import retry_in_an_hour
 from tests.client.background import Background
 from tests.connections import Connections
 from tests.waiting import until, until_row
@@ -199,6 +200,7 @@ def test_a_report_that_meets_somebody_elses_locks_is_sent_again_whole(
     refusal = f"raise exception using errcode = '{sqlstate}', message = 'passing'"
     wrapped(db, function, f"if nextval('public.refusals') <= 3 then {refusal}; end if")
     add_jobs(db, [{"identifier": "t", "payload": n} for n in range(40)])
+    retry_in_an_hour(db, "t")
     Worker(dsn, tasks={"t": handler}).run_once()
 
     assert sorted(ran) == list(range(40))
