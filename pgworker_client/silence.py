@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import selectors
 import socket
 import time
 from typing import Any
@@ -107,7 +108,7 @@ class Silence:
                     del self._watched[key]
                     if conn.broken and not self._pooled:
                         self._lost.add(conn.pid)
-                elif _waiting(conn):
+                elif _waiting(conn) and not _answered(conn):
                     waits, since = before.get(key, (-1, 0.0))
                     if waits == conn.waits:
                         silent.append(conn)
@@ -152,13 +153,23 @@ class Silence:
 
     def _cut(self, conns: list[Watched], seen: dict[int, tuple[int, float]]) -> None:
         for conn in conns:
-            if not conn.closed and _waiting(conn) and conn.waits == seen[id(conn)][0]:  # still
+            if _waiting(conn) and conn.waits == seen[id(conn)][0] and not _answered(conn):  # still
                 self._log.info("a statement got no answer, and the server is not at work on it: connection cut off")
                 cut(conn)
 
 
 def _waiting(conn: Watched) -> bool:
     return conn.waiting and conn.pgconn.transaction_status == TransactionStatus.ACTIVE
+
+
+def _answered(conn: Watched) -> bool:
+    """Whether something has come that nobody has read yet, for lack of processor time perhaps."""
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(conn.fileno(), selectors.EVENT_READ)
+            return bool(selector.select(0))
+    except (OSError, ValueError, psycopg.Error):  # closed meanwhile
+        return True
 
 
 def cut(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg import sql
@@ -28,6 +29,9 @@ from tests.connections import Connections
 from tests.coverage_plpgsql import PlpgsqlCoverage
 from tests.faults import table
 from tests.faults.trial import Outcome
+
+hypothesis.settings.register_profile("pgworker", deadline=None)  # no test fails because the machine is slow
+hypothesis.settings.load_profile("pgworker")
 
 SETTINGS = {"max_connections": "300", "shared_buffers": "64MB", "timezone": "UTC", "jit": "off"}
 

@@ -14,7 +14,7 @@ EXAMPLES = int(os.environ.get("PGWORKER_MODEL_EXAMPLES", "0"))
 def histories(few: int, **more: Any) -> settings:
     """Settings for a test of histories; ``few``: how many without the variable. Making one shorter takes minutes."""
     given: dict[str, Any] = {
-        "max_examples": EXAMPLES or few, "deadline": None, "derandomize": not EXAMPLES, "database": None,
+        "max_examples": EXAMPLES or few, "derandomize": not EXAMPLES, "database": None,
         "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), **more,
     }  # fmt: skip
     return settings(**given)

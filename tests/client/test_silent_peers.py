@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
+from contextlib import closing
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import ExecStatus
 
 from pgworker_client import BlockingContext, Context, Worker, add_job, add_jobs, schema
 from pgworker_client.embedded import EmbeddedServer
-from pgworker_client.silence import Silence
+from pgworker_client.logs import Log
+from pgworker_client.silence import Silence, WatchedConnection
 from tests.client.background import running
 from tests.faults.proxy import Proxy
 from tests.waiting import until, until_gone, until_row
@@ -94,13 +98,12 @@ def test_a_handler_whose_connection_falls_silent_fails_its_attempt_and_holds_nob
 def test_a_statement_that_the_server_is_at_work_on_is_waited_for(
     dsn: str, db: Db, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[set[int], set[int]]] = []
+    asked: list[list[int]] = []
     at_work = Silence._at_work
 
     async def asking(self: Silence, pids: list[int]) -> set[int]:
-        found = await at_work(self, pids)
-        asked.append((set(pids), found))
-        return found
+        asked.append(pids)
+        return await at_work(self, pids)
 
     monkeypatch.setattr(Silence, "_at_work", asking)
 
@@ -113,11 +116,40 @@ def test_a_statement_that_the_server_is_at_work_on_is_waited_for(
     with running(Worker(dsn, tasks={"t": handler}, name="patient", poll_interval=600)):
         job = add_job(db, "t")
         until_row(db, "select 1 from pg_locks where locktype = 'advisory' and not granted")
-        # It is asked about, again and again.
-        until(lambda: sum(bool(pids) for pids, _ in asked) >= 3, "three questions")
-        assert all(pids <= found for pids, found in asked)
+        # It is asked about, again and again, and goes on.
+        until(lambda: sum(bool(pids) for pids in asked) >= 3, "three questions")
         db.execute("select pg_advisory_unlock(42)")
         until_row(db, "select 1 from pgworker.jobs where id = %s and state = 'completed' and result = '1'", job.id)
+
+
+async def test_an_answer_that_nobody_had_time_to_read_is_no_silence(
+    dsn: str, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[int] = set()
+
+    async def asking(_self: Silence, pids: list[int]) -> set[int]:
+        asked.update(pids)
+        return set()
+
+    monkeypatch.setattr(Silence, "_at_work", asking)
+    db.execute("select pg_advisory_lock(42)")
+    silence = Silence(dsn, Log(logging.getLogger("pgworker"), {}), pooled=False)
+    with closing(WatchedConnection.connect(dsn)) as answered, closing(WatchedConnection.connect(dsn)) as unanswered:
+        for conn, query in (answered, b"select 7"), (unanswered, b"select pg_advisory_lock(42)"):
+            conn.pid = conn.info.backend_pid
+            conn.waiting = True
+            conn.pgconn.send_query(query)
+            silence.watch(conn)
+        until_row(db, "select 1 from pg_stat_activity where pid = %s and state like 'idle%%'", answered.pid)
+        looking = asyncio.create_task(silence.run())
+        while not asked:
+            await asyncio.sleep(0.01)
+        looking.cancel()
+        assert asked == {unanswered.pid}
+        result = answered.pgconn.get_result()
+        assert result is not None
+        assert result.status == ExecStatus.TUPLES_OK  # not cut off
+        assert answered.pgconn.get_result() is None
 
 
 def test_the_server_is_told_to_notice_soon_that_a_workers_host_is_gone(server: EmbeddedServer) -> None:

@@ -15,6 +15,10 @@ from tests.events.witness import publish
 Db = psycopg.Connection[Any]
 TIMEOUT = 20
 
+_LISTENS = """
+select 1 from pg_stat_activity
+where application_name = 'pgworker events' and query like 'listen%' and state = 'idle'"""
+
 
 async def some(changes: Subscription, number: int) -> list[StateChange]:
     """The next changes."""
@@ -23,7 +27,9 @@ async def some(changes: Subscription, number: int) -> list[StateChange]:
 
 
 def _terminate(db: Db) -> None:
-    db.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'pgworker events'")
+    db.execute(
+        "select pg_terminate_backend(pid, 20000) from pg_stat_activity where application_name = 'pgworker events'"
+    )
 
 
 async def test_it_is_told_of_a_job_from_its_first_to_its_last_state(dsn: str, db: Db) -> None:
@@ -56,9 +62,8 @@ async def test_it_listens_from_the_first_step_where_there_is_no_block(dsn: str, 
     publish(db)
     changes = subscribe(dsn)
     first = asyncio.create_task(some(changes, 1))
-    query = "select 1 from pg_stat_activity where application_name = 'pgworker events' and query like 'listen%'"
     async with asyncio.timeout(TIMEOUT):
-        while db.execute(query).fetchone() is None:
+        while db.execute(_LISTENS).fetchone() is None:
             await asyncio.sleep(0.01)
     job = add_job(db, "t")
     assert await first == [StateChange(job.id, "t", None, "ready")]
@@ -96,9 +101,8 @@ async def test_a_gap_that_nobody_wants_to_know_of_is_passed_over(dsn: str, db: D
     async with subscribe(dsn) as changes:
         waiting = asyncio.create_task(some(changes, 1))
         _terminate(db)
-        query = "select 1 from pg_stat_activity where application_name = 'pgworker events' and query like 'listen%'"
         async with asyncio.timeout(TIMEOUT):
-            while db.execute(query).fetchone() is None:
+            while db.execute(_LISTENS).fetchone() is None:
                 await asyncio.sleep(0.01)
         job = add_job(db, "t")
         assert await waiting == [StateChange(job.id, "t", None, "ready")]
