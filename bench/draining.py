@@ -1,4 +1,4 @@
-"""How fast workers drain a table: one and four processes, beside other jobs, and while an old snapshot is held.
+"""How fast workers drain a table: one and several processes, beside other jobs, and while an old snapshot is held.
 
 A drain is timed from the moment when the workers, connected and with their first claim sent, are let at the table, to
 the moment when every job has been handled and none is left in it. Starting a process, importing and connecting do not
@@ -25,8 +25,8 @@ _BEFORE_THE_GATE = """
 
 
 def throughput(bench: Bench) -> None:
-    """Drain a table that holds nothing else, with one process, then with four."""
-    for processes, row in ((1, "throughput_1"), (4, "throughput_4")):
+    """Drain a table that holds nothing else, with one process, then with several."""
+    for processes, row in ((1, "throughput_1"), (bench.sizes.processes, "throughput_many")):
         for sides in bench.rounds():
             for side in sides:
                 with side.connect(bench.server) as conn:

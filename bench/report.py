@@ -27,7 +27,7 @@ def rows(sizes: Sizes) -> list[Row]:
     passed = sizes.rounds * sizes.jobs
     return [
         Row("throughput_1", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
-        Row("throughput_4", f"{sizes.jobs:,} jobs, 4 processes", "jobs/s"),
+        Row("throughput_many", f"{sizes.jobs:,} jobs, {sizes.processes} processes", "jobs/s"),
         Row("add_single", "adding one by one, 1 session", "jobs/s"),
         Row("add_bulk", f"adding {sizes.jobs:,} with one call", "jobs/s"),
         Row("latency_p50", f"latency, {sizes.samples:,} samples: p50", "ms"),
@@ -53,7 +53,7 @@ def rows(sizes: Sizes) -> list[Row]:
         Row("fair", "  with fairness", "claimed", "fair_not"),
         Row("tree_add_plain", f"adding {sizes.jobs:,} with one call", "jobs/s"),
         Row("tree_add", "  a tree of as many", "jobs/s", "tree_add_plain"),
-        Row("tree_unrelated", f"{sizes.children:,} jobs with results, 4 processes", "jobs/s"),
+        Row("tree_unrelated", f"{sizes.children:,} jobs with results, {sizes.processes} processes", "jobs/s"),
         Row("tree_children", "  children of one parent", "jobs/s", "tree_unrelated"),
         Row("tree_hundreds", f"{sizes.jobs:,} children, a hundred a parent", "jobs/s"),
         Row("tree_siblings", "  of one parent", "jobs/s", "tree_hundreds"),

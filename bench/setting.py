@@ -14,6 +14,7 @@ class Sizes:
     """How much is done, in jobs where nothing else is said.
 
     Attributes:
+        processes: that drain together, where it is more than one.
         jobs: drained in each run.
         singles: added one by one.
         samples: of latency.
@@ -28,6 +29,7 @@ class Sizes:
 
     """
 
+    processes: int = 4
     jobs: int = 100_000
     singles: int = 2_000
     samples: int = 1_000
@@ -42,8 +44,8 @@ class Sizes:
 
 
 QUICK = Sizes(
-    jobs=2_000, singles=100, samples=100, gap=2, rounds=1, foreign=2_000, behind=2_000, queues=100, claims=50,
-    children=500, one_by_one=64,
+    processes=2, jobs=2_000, singles=100, samples=100, gap=2, rounds=1, foreign=2_000, behind=2_000, queues=100,
+    claims=50, children=500, one_by_one=64,
 )  # fmt: skip
 
 

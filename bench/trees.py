@@ -63,21 +63,21 @@ def adding(bench: Bench) -> None:
 
 
 def children(bench: Bench) -> None:
-    """Drain unrelated jobs, then children of one parent, with four processes."""
-    count = bench.sizes.children
+    """Drain unrelated jobs, then children of one parent, with several processes."""
+    count, many = bench.sizes.children, bench.sizes.processes
     with bench.ours.connect(bench.server) as conn:
-        bench.note("tree_unrelated", bench.ours, drain(bench, bench.ours, conn, 4, fill=_PLAIN, jobs=count))
-        bench.note("tree_children", bench.ours, drain(bench, bench.ours, conn, 4, fill=_TREE, jobs=count, more=1))
+        bench.note("tree_unrelated", bench.ours, drain(bench, bench.ours, conn, many, fill=_PLAIN, jobs=count))
+        bench.note("tree_children", bench.ours, drain(bench, bench.ours, conn, many, fill=_TREE, jobs=count, more=1))
 
 
 def siblings(bench: Bench) -> None:
     """Drain as many children of parents with a hundred each, then of one parent."""
-    count = bench.sizes.jobs
+    count, many = bench.sizes.jobs, bench.sizes.processes
     with bench.ours.connect(bench.server) as conn:
-        few = drain(bench, bench.ours, conn, 4, fill=_TREES, jobs=100, parents=count // 100, more=count // 100)
-        bench.note("tree_hundreds", bench.ours, few)
-        many = drain(bench, bench.ours, conn, 4, fill=_TREE, jobs=count, more=1)
-        bench.note("tree_siblings", bench.ours, many)
+        rate = drain(bench, bench.ours, conn, many, fill=_TREES, jobs=100, parents=count // 100, more=count // 100)
+        bench.note("tree_hundreds", bench.ours, rate)
+        rate = drain(bench, bench.ours, conn, many, fill=_TREE, jobs=count, more=1)
+        bench.note("tree_siblings", bench.ours, rate)
 
 
 def held(bench: Bench) -> None:
@@ -87,7 +87,7 @@ def held(bench: Bench) -> None:
             for side in (free, kept):
                 with side.connect(bench.server) as conn:
                     count = bench.sizes.children
-                    rate = drain(bench, side, conn, 4, fill=_TREE, jobs=count, more=1)
+                    rate = drain(bench, side, conn, bench.sizes.processes, fill=_TREE, jobs=count, more=1)
                     bench.note(side.name, bench.ours, rate)
 
 

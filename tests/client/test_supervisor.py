@@ -205,7 +205,7 @@ def test_the_supervisor_gives_up_when_no_process_comes_up(
     spawn: Spawn, dsn: str, arguments: list[str], complaint: str
 ) -> None:
     arguments = [one.replace("dbname=", f"{dsn} dbname=") for one in arguments]
-    status, out, err = ended(spawn("run", *arguments, "--processes", "3"))
+    status, out, err = ended(spawn("run", *arguments, "--processes", "1"))
     assert (status, out) == (1, "")
     assert complaint in err
     last = err.splitlines()[-1]

@@ -24,7 +24,7 @@ def _value(conn: Conn, query: str, *parameters: Any) -> Any:
 
 
 def test_two_hundred_sessions_never_claim_the_same_job_and_leave_none(dsn: str, db: Conn) -> None:
-    jobs = 6_000
+    jobs = 3_000
     db.execute(
         "select count(*) from pgworker.add_jobs((select jsonb_agg(jsonb_build_object("
         " 'identifier', 't' || mod(n, 3), 'priority', mod(n, 5) - 2,"
@@ -64,7 +64,7 @@ def test_two_hundred_sessions_never_claim_the_same_job_and_leave_none(dsn: str, 
 
 
 def test_a_serial_queue_never_runs_two_jobs_at_once_and_keeps_others_going(dsn: str, db: Conn) -> None:
-    sessions, queues, jobs = 24, 8, 900
+    sessions, queues, jobs = 16, 8, 450
     db.execute("create table public.run (queue text, job_id bigint, began bigint, ended bigint)")
     db.execute("create sequence public.moment")
     # Every third job has no queue; the queues are of very different lengths; one in twenty fails once and goes behind.

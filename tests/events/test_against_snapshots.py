@@ -19,7 +19,7 @@ from tests.histories import histories, patience
 from tests.model.test_against_model import Queue
 from tests.trees.test_tree_model import Forest, Spec, Step, families, kinds, picks
 
-OFTEN = histories(20, stateful_step_count=50)
+OFTEN = histories(14, stateful_step_count=50)
 
 
 class WatchedQueue(Queue):

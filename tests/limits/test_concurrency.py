@@ -266,7 +266,7 @@ def test_two_hundred_sessions_never_overlap_more_than_the_limits(db: Conn, dsn: 
 
     def work(conn: Conn) -> None:
         worker = register(conn)
-        for _ in range(8):
+        for _ in range(4):
             for job in claim_ids(conn, worker, random.choice([1, 3])):
                 since = value(conn, "select clock_timestamp()")
                 conn.execute(

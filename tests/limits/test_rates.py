@@ -75,7 +75,7 @@ def test_two_hundred_sessions_start_no_more_than_the_limit(db: Conn, dsn: str) -
 
     def work(conn: Conn) -> None:
         worker = register(conn, lease="1 hour")
-        for _ in range(4):
+        for _ in range(2):
             claimed.extend(claim_ids(conn, worker, random.choice([1, 3])))
 
     in_parallel(dsn, [work] * 200, timeout=120)

@@ -279,6 +279,6 @@ class Queue(RuleBasedStateMachine):
 def test_no_history_of_calls_makes_it_differ_from_the_model(connect: Connections, workers: int) -> None:
     connections = [connect() for _ in range(workers)]
     phases = [Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate]
-    profile = histories(30, stateful_step_count=50, phases=phases)
+    profile = histories(20, stateful_step_count=50, phases=phases)
     make: Callable[[], RuleBasedStateMachine] = lambda: Queue(connections)  # noqa: E731
     run_state_machine_as_test(make, settings=profile)  # type: ignore[arg-type]

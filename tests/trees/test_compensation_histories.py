@@ -125,7 +125,7 @@ class History:
 
 @patience(300)
 def test_what_was_undone_is_what_had_completed_backwards_if_the_tree_failed(db: Conn) -> None:
-    @histories(30)
+    @histories(20)
     @given(specs=_nodes, steps=_steps)
     def compare(specs: list[Spec], steps: list[tuple[str, int]]) -> None:
         db.execute(f"truncate {', '.join(f'pgworker.{name}' for name in _TABLES.split(', '))}".encode())

@@ -266,7 +266,7 @@ class Forest:
 
 @patience(300)
 def test_no_history_of_a_forest_makes_it_differ_from_the_model(db: Conn) -> None:
-    @histories(25)
+    @histories(16)
     @given(
         families=st.lists(families, min_size=1, max_size=2),
         steps=st.lists(st.tuples(kinds, picks, picks), min_size=30, max_size=60),
