@@ -277,7 +277,8 @@ $$;
 comment on function pgworker.ask_to_stop(bigint[], text, text[], bigint[]) is
   'Internal: jobs that run, whose rows the caller has locked, are to stop, and end as p_state whatever they report.';
 
-create function pgworker.live_below(p_ids bigint[], p_roots bigint[]) returns table (id bigint, n bigint, parent_id bigint)
+create function pgworker.live_below(p_ids bigint[], p_roots bigint[], p_done bigint[])
+returns table (id bigint, n bigint, parent_id bigint)
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
@@ -294,7 +295,8 @@ begin
       select j.id, true as live, j.has_children from pgworker.job j where j.root_id = u.root_id and j.parent_id = u.id
       union all
       select f.id, false, true from pgworker.finished f
-      where f.root_id = u.root_id and f.parent_id = u.id and f.has_children) as b
+      where f.root_id = u.root_id and f.parent_id = u.id and f.has_children
+        and f.id not in (select d.id from unnest(p_done) as d(id))) as b
     where u.id <> u.root_id                         -- what is live below the root of a tree that is being undone undoes it
        or not exists (select from pgworker.compensation c where c.root_id = u.root_id and c.job_id is not null offset 0)
     union all
@@ -304,15 +306,16 @@ begin
       select j.id, true as live, j.has_children from pgworker.job j where j.root_id = b.root_id and j.parent_id = b.id
       union all
       select f.id, false, true from pgworker.finished f
-      where f.root_id = b.root_id and f.parent_id = b.id and f.has_children) as c
+      where f.root_id = b.root_id and f.parent_id = b.id and f.has_children
+        and f.id not in (select d.id from unnest(p_done) as d(id))) as c
     where b.has_children
   )
   select b.id, min(b.n), min(b.parent_id) from below b where b.live group by b.id order by b.id;
 end
 $$;
-comment on function pgworker.live_below(bigint[], bigint[]) is
+comment on function pgworker.live_below(bigint[], bigint[], bigint[]) is
   'Internal: what is live below these jobs (p_roots: of which trees), and below which of them, by its place in p_ids, and '
-  'its parent.';
+  'its parent; but for what is below p_done.';
 
 -- Whoever stops what is below holds counters further up by then, so it must not wait for one further down: a session that
 -- does so the right way round may be waiting for ours.
@@ -388,8 +391,9 @@ comment on function pgworker.endable(bigint[], bigint[], bigint[]) is
   'Internal: those of these pending jobs, whose rows the caller holds, whose end touches no counter that somebody else '
   'holds; p_running: what else it holds, p_above: what they are below.';
 
-create function pgworker.stop_below(p_ids bigint[], p_roots bigint[], p_reasons text[], p_causes bigint[])
-returns bigint[]
+create function pgworker.stop_below(
+  p_ids bigint[], p_roots bigint[], p_reasons text[], p_causes bigint[], p_done bigint[]
+) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
@@ -410,7 +414,7 @@ declare
 begin
   select array_agg(b.id order by b.id), array_agg(b.n order by b.id), array_agg(b.parent_id order by b.id)
   into v_ids, v_of, v_parents
-  from pgworker.live_below(p_ids, p_roots) as b;
+  from pgworker.live_below(p_ids, p_roots, p_done) as b;
   if v_ids is null then
     return array[]::bigint[];
   end if;
@@ -447,6 +451,6 @@ begin
   return v_can || v_told;
 end
 $$;
-comment on function pgworker.stop_below(bigint[], bigint[], text[], bigint[]) is
+comment on function pgworker.stop_below(bigint[], bigint[], text[], bigint[], bigint[]) is
   'Internal: what is live below these jobs (p_roots: of which trees) ends as cancelled, with these reasons and causes; '
-  'what runs is asked to stop. Returns the ids.';
+  'what runs is asked to stop; what is below p_done has been seen to. Returns the ids.';

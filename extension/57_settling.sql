@@ -245,6 +245,7 @@ declare
   v_parents bigint[];                              -- those that are live
   v_held    bigint[];                              -- counters: by others
   v_ids     bigint[];
+  v_done    bigint[];                              -- one level down: what was below them has been stopped
   v_slots   smallint[];
   v_roots   bigint[];
   v_errors  text[];
@@ -275,8 +276,9 @@ begin
       into v_ids, v_roots, v_errors, v_causes
       from unnest(v_level) as e where e.stops;
       if v_ids is not null then
-        perform pgworker.stop_below(v_ids, v_roots, v_errors, v_causes);
+        perform pgworker.stop_below(v_ids, v_roots, v_errors, v_causes, v_done);
       end if;
+      v_done := v_ids;
     end if;
 
     -- Sideways.
@@ -443,7 +445,8 @@ begin
     when 'open' then
       perform pgworker.open_gates(array[v_left.job_id]);
     when 'stop' then
-      perform pgworker.stop_below(array[v_left.job_id], array[v_left.root_id], array[v_left.reason], array[v_left.cause_id]);
+      perform pgworker.stop_below(array[v_left.job_id], array[v_left.root_id], array[v_left.reason], array[v_left.cause_id],
+                                  null);
       if not exists (select from pgworker.jobs o where o.id = v_left.job_id) then
         perform pgworker.forget(array[v_left.job_id], array[v_left.root_id]);
       end if;

@@ -165,7 +165,7 @@ begin
   from (select j.id, j.root_id from pgworker.job j where j.id = any (cancel_jobs.job_ids) and j.has_children
         union all
         select f.id, f.root_id from pgworker.finished f where f.id = any (cancel_jobs.job_ids) and f.has_children) as n;
-  v_below := array(select b.id from pgworker.live_below(v_nodes, v_roots) as b
+  v_below := array(select b.id from pgworker.live_below(v_nodes, v_roots, null) as b
                    where exists (select from pgworker.job j where j.id = b.id and j.ends_as is null offset 0)
                      and b.id not in (select u.id from unnest(cancel_jobs.job_ids) as u(id) where u.id is not null));
 
@@ -173,7 +173,7 @@ begin
   perform pgworker.finish(v_ids, array_fill('cancelled'::text, array[cardinality(v_ids)]),
                           array_fill(v_reason, array[cardinality(v_ids)]), null);
   -- What was below those has gone with them; what is below others goes now.
-  perform pgworker.stop_below(v_nodes, v_roots, array_fill(v_reason, array[cardinality(v_nodes)]), v_nodes);
+  perform pgworker.stop_below(v_nodes, v_roots, array_fill(v_reason, array[cardinality(v_nodes)]), v_nodes, null);
   v_below := array(select b.id from unnest(v_below) as b(id)
                    where not exists (select from pgworker.job j where j.id = b.id and j.ends_as is null offset 0));
   return query select r.* from pgworker.job_rows(v_ids || v_running || v_below) r;

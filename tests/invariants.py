@@ -75,7 +75,7 @@ where not exists (select from pgworker.worker w where w.id = n.worker_id)
 
 def violations(conn: psycopg.Connection[Any]) -> list[str]:
     """Return a sentence for each thing that contradicts another, as this connection sees the database."""
-    return [sentence for (sentence,) in conn.execute(_BROKEN, prepare=False)]
+    return [sentence for (sentence,) in conn.execute(_BROKEN)]
 
 
 def assert_consistent(conn: psycopg.Connection[Any]) -> None:

@@ -107,13 +107,13 @@ def test_why_is_the_truth_about_queues(connect: Connections, workers: int) -> No
     connections = [connect() for _ in range(workers)]
     run_state_machine_as_test(
         lambda: ExplainedQueue(connections),  # type: ignore[arg-type]
-        settings=histories(8, stateful_step_count=40),
+        settings=histories(6, stateful_step_count=40),
     )
 
 
 @patience(120)
 def test_why_is_the_truth_about_trees(db: Conn) -> None:
-    @histories(15)
+    @histories(8)
     @given(
         families=st.lists(trees.families, min_size=1, max_size=2),
         steps=st.lists(st.tuples(trees.kinds, trees.picks, trees.picks), min_size=20, max_size=40),
