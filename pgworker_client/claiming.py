@@ -172,10 +172,13 @@ class Claimer:
         feed.low = 0
 
     def _give_back_stale(self) -> None:
-        feed = self._feed
-        if feed.jobs and feed.oldest() > _STALE:
-            rows = feed.take_all()
-            self._log.info("%d claimed jobs go back: nobody had time to start them", len(rows))
+        if self._feed.oldest() > _STALE:
+            self._give_back("nobody had time to start them")
+
+    def _give_back(self, why: str) -> None:
+        rows = self._feed.take_all()
+        if rows:
+            self._log.info("%d claimed jobs go back: %s", len(rows), why)
             self._finisher.outbox.release(rows)
             self._finisher.wake()
 
@@ -187,6 +190,8 @@ class Claimer:
         except LinkDown as down:
             if down.unknown:
                 self.unsure()
+                # If this takes long they will be somebody else's, who runs them: better not to begin.
+                self._give_back("the database is gone")
             return None
         except psycopg.Error as exc:
             if exc.sqlstate != UNKNOWN_WORKER:

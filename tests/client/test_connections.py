@@ -6,11 +6,13 @@ import asyncio
 import functools
 import logging
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pgworker_client import BlockingContext, Context, NotInstalled, Worker, WorkerFailed, add_job, add_jobs
 from pgworker_client.connection import Link
@@ -121,6 +123,37 @@ def test_jobs_survive_killing_all_connections_at_random(dsn: str, db: Db) -> Non
             kill(db, pid_of(db, part))
         until(lambda: completed(db) == total, "all jobs are completed", timeout=60)
     assert set(seen) == set(range(total))
+
+
+def test_what_was_not_begun_when_the_database_is_lost_is_not_begun_before_it_is_back(
+    dsn: str, db: Db, role: Callable[..., str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pgworker_client.claiming._STALE", 60.0)
+    monkeypatch.setattr("pgworker_client.pace.Pace.ahead", lambda *_: 10)
+    seen: list[int] = []
+    stops = {0: threading.Event(), 7: threading.Event()}
+
+    def handler(payload: int, _ctx: BlockingContext) -> int:
+        seen.append(payload)
+        if payload in stops:
+            stops[payload].wait(60)
+        return payload
+
+    db.execute(f"select pgworker.grant_worker('{role('hand')}')")
+    db.execute("insert into pgworker.setting values ('rescue_grace', '1 minute')")
+    add_jobs(db, [{"identifier": "t", "payload": n} for n in range(11)])
+    worker = Worker(make_conninfo(dsn, user="hand"), tasks={"t": handler}, concurrency=1)
+    with caplog.at_level(logging.INFO, "pgworker"), running(worker):
+        until(lambda: seen == [0], "the first job")
+        until_row(db, "select 1 from pgworker.job having count(locked_by) >= 10")
+        db.execute("alter role hand nologin")
+        db.execute("select pg_terminate_backend(pid, 20000) from pg_stat_activity where usename = 'hand'")
+        stops[0].set()
+        until(lambda: "claimed jobs go back: the database is gone" in caplog.text, "the next claim")
+        stops[7].set()
+        db.execute("alter role hand login")
+        until(lambda: completed(db) == 11, "all jobs are completed")
+    assert sorted(seen) == [*range(11)]
 
 
 def test_a_worker_that_was_given_up_registers_anew_and_drops_what_it_ran(

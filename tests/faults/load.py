@@ -14,7 +14,13 @@ import psycopg
 TABLES = """
 create table public.run (
   n int not null, job_id bigint not null, attempt int not null, raised boolean not null default false,
-  at timestamptz not null default clock_timestamp());
+  at timestamptz not null default clock_timestamp(), claimed timestamptz);
+create function public.claimed() returns trigger language plpgsql security definer as $$
+begin
+  new.claimed := (select j.locked_at from pgworker.job j where j.id = new.job_id and j.attempts = new.attempt);
+  return new;
+end $$;
+create trigger claimed before insert on public.run for each row execute function public.claimed();
 create table public.effect (n int not null);
 create table public.told (job_id bigint not null);
 grant insert on public.run, public.effect, public.told to worker;

@@ -27,9 +27,10 @@ Conn = psycopg.Connection[Any]
 CLAIMED_AHEAD = 2
 
 _AGAIN = """
-select r.job_id, extract(epoch from r.before)::float8, extract(epoch from r.at)::float8
-from (select job_id, at, lag(at) over w as before, lag(raised) over w as raised from public.run
-      window w as (partition by job_id order by at)) r
+select r.job_id, extract(epoch from r.claimed)::float8, extract(epoch from r.before)::float8,
+       extract(epoch from r.at)::float8
+from (select job_id, at, lag(claimed) over w as claimed, lag(at) over w as before, lag(raised) over w as raised
+      from public.run window w as (partition by job_id order by at)) r
 where r.before is not null and not r.raised
 """
 _MISSING = """
@@ -172,7 +173,7 @@ class Trial:
     def counted(self) -> Outcome:
         """Count what has become of the jobs so far."""
         again = self._again()
-        unexplained = [run for run in again if not self._explained(run[1], run[2])]
+        unexplained = [run for run in again if not self._explained(*run[1:])]
         with self.connect() as conn:
             problems = violations(conn)
             bad = "select state, last_error from pgworker.jobs where state <> 'completed' limit 5"
@@ -203,13 +204,19 @@ class Trial:
         except psycopg.OperationalError:
             return False
 
-    def _again(self) -> list[tuple[int, float, float]]:
-        """For each run that is neither its job's first nor follows one that failed: the job, the run before, itself."""
+    def _again(self) -> list[tuple[int, float | None, float, float]]:
+        """For each run that is neither its job's first nor follows one that failed: the job, the run before, itself.
+
+        Of the run before also when it was claimed; None if it had been taken from its worker again by the time it ran.
+        """
         with self.connect() as conn:
             return conn.execute(_AGAIN).fetchall()
 
-    def _explained(self, before: float, after: float) -> bool:
-        return any(begun <= after and before - CLAIMED_AHEAD <= over for begun, over in self._faults)
+    def _explained(self, claimed: float | None, before: float, after: float) -> bool:
+        return any(
+            begun <= after and (claimed is None or min(claimed, before - CLAIMED_AHEAD) <= over)
+            for begun, over in self._faults
+        )
 
     def _live(self) -> Any:
         with self.connect() as conn:
