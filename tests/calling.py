@@ -66,13 +66,21 @@ def register(conn: Conn, name: str | None = None, lease: str | None = None) -> i
 
 
 def claim(conn: Conn, worker: int, max_jobs: int = 1, **arguments: Any) -> list[Row]:
-    """Return what ``get_jobs`` returns."""
-    return call(conn, "get_jobs", worker, max_jobs, **arguments)
+    """Return what ``get_jobs`` returns.
+
+    Where that is nothing, the session forgets its cursor and looks everywhere, to be certain: a claim does so by itself
+    unless that takes long, as on a machine that stands still for a moment.
+    """
+    found = call(conn, "get_jobs", worker, max_jobs, **arguments)
+    if not found:
+        conn.execute("select pg_catalog.set_config('pgworker.cursor', '', false)")
+        found = call(conn, "get_jobs", worker, max_jobs, **arguments)
+    return found
 
 
 def claim_ids(conn: Conn, worker: int, max_jobs: int = 1, **arguments: Any) -> list[int]:
-    """Return the ids of what ``get_jobs`` returns, in its order."""
-    return [job["id"] for job in call(conn, "get_jobs", worker, max_jobs, columns="id", **arguments)]
+    """Return the ids of what `claim` returns, in its order."""
+    return [job["id"] for job in claim(conn, worker, max_jobs, columns="id", **arguments)]
 
 
 def retry_in_an_hour(conn: Conn, *tasks: str) -> None:

@@ -14,13 +14,19 @@ import psycopg
 TABLES = """
 create table public.run (
   n int not null, job_id bigint not null, attempt int not null, raised boolean not null default false,
-  at timestamptz not null default clock_timestamp(), claimed timestamptz);
-create function public.claimed() returns trigger language plpgsql security definer as $$
+  at timestamptz not null default clock_timestamp(),
+  claimed timestamptz, worker bigint, registered timestamptz, inherited boolean);
+create index on public.run (job_id, at);
+create function public.note_claim() returns trigger language plpgsql security definer as $$
 begin
-  new.claimed := (select j.locked_at from pgworker.job j where j.id = new.job_id and j.attempts = new.attempt);
+  select j.locked_at, w.id, w.registered_at into new.claimed, new.worker, new.registered
+  from pgworker.job j join pgworker.worker w on w.id = j.locked_by
+  where j.id = new.job_id and j.attempts = new.attempt;
+  new.inherited := (select not exists (select from pgworker.worker w where w.id = r.worker)
+                    from public.run r where r.job_id = new.job_id order by r.at desc limit 1);
   return new;
 end $$;
-create trigger claimed before insert on public.run for each row execute function public.claimed();
+create trigger note_claim before insert on public.run for each row execute function public.note_claim();
 create table public.effect (n int not null);
 create table public.told (job_id bigint not null);
 grant insert on public.run, public.effect, public.told to worker;

@@ -27,9 +27,10 @@ Conn = psycopg.Connection[Any]
 CLAIMED_AHEAD = 2
 
 _AGAIN = """
-select r.job_id, extract(epoch from r.claimed)::float8, extract(epoch from r.before)::float8,
-       extract(epoch from r.at)::float8
-from (select job_id, at, lag(claimed) over w as claimed, lag(at) over w as before, lag(raised) over w as raised
+select r.job_id, extract(epoch from case when r.inherited then r.registered else r.claimed end)::float8,
+       extract(epoch from r.before)::float8, extract(epoch from r.at)::float8
+from (select job_id, at, inherited, lag(registered) over w as registered, lag(claimed) over w as claimed,
+             lag(at) over w as before, lag(raised) over w as raised
       from public.run window w as (partition by job_id order by at)) r
 where r.before is not null and not r.raised
 """
@@ -207,14 +208,15 @@ class Trial:
     def _again(self) -> list[tuple[int, float | None, float, float]]:
         """For each run that is neither its job's first nor follows one that failed: the job, the run before, itself.
 
-        Of the run before also when it was claimed; None if it had been taken from its worker again by the time it ran.
+        Of the run before also when it was claimed, or when its worker registered, if that has vanished since; None if
+        the job had been taken from it by the time it ran.
         """
         with self.connect() as conn:
             return conn.execute(_AGAIN).fetchall()
 
-    def _explained(self, claimed: float | None, before: float, after: float) -> bool:
+    def _explained(self, since: float | None, before: float, after: float) -> bool:
         return any(
-            begun <= after and (claimed is None or min(claimed, before - CLAIMED_AHEAD) <= over)
+            begun <= after and (since is None or min(since, before - CLAIMED_AHEAD) <= over)
             for begun, over in self._faults
         )
 

@@ -140,7 +140,7 @@ def test_a_paused_task_loses_nothing_and_hides_nothing(tx: Conn, queued: bool) -
         claimed.extend(claim_ids(tx, worker, 10))
         return len(claimed) == 3
 
-    until(all_claimed, "the resumed jobs", timeout=1)
+    until(all_claimed, "the resumed jobs")
     assert sorted(claimed) == [a, a2, a3]
 
 
