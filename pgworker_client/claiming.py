@@ -127,8 +127,7 @@ class Claimer:
             settled = self._feed.quiet and not self._finisher.pending
             rows = await self._claim(wanted)
             if rows and self._told_to_close():  # told to stop while the claim was under way: none of these is started
-                self._finisher.outbox.release(rows)
-                self._finisher.wake()
+                self._finisher.give_back(rows)
             elif rows:
                 fruitless = 0
                 self._feed.put(rows)
@@ -179,8 +178,7 @@ class Claimer:
         rows = self._feed.take_all()
         if rows:
             self._log.info("%d claimed jobs go back: %s", len(rows), why)
-            self._finisher.outbox.release(rows)
-            self._finisher.wake()
+            self._finisher.give_back(rows)
 
     async def _claim(self, wanted: int) -> list[Row] | None:
         """The jobs claimed; None if the database could not be asked."""
@@ -244,8 +242,7 @@ class Claimer:
         unknown = held.keys() - known - self._known()
         if unknown:
             self._log.warning("%d jobs were claimed as the connection broke; they go back", len(unknown))
-            self._finisher.outbox.release([(job_id, "", "", held[job_id]) for job_id in unknown])
-            self._finisher.wake()
+            self._finisher.give_back([(job_id, "", "", held[job_id]) for job_id in unknown])
 
     def _known(self) -> set[int]:
         return {row[ID] for row in list(self._feed.jobs)} | self._running() | self._finisher.unreported()

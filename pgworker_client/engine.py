@@ -243,10 +243,7 @@ class Engine:
         hurry.cancel()
 
     def _give_back_unstarted(self) -> None:
-        rows = self._feed.take_all()
-        if rows:
-            self._finisher.outbox.release(rows)
-            self._finisher.wake()
+        self._finisher.give_back(self._feed.take_all())
 
     def _running(self) -> set[int]:
         return {runner.job_id for runner in self._runners if runner.job_id is not None}

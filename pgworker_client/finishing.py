@@ -11,7 +11,7 @@ import psycopg
 from pgworker_client.connection import Link
 from pgworker_client.errors import NOT_HELD, LinkDown, one_line
 from pgworker_client.hooks import Hooks, JobEventName
-from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PARENT, QUEUE, TASK
+from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PARENT, QUEUE, TASK, Row
 from pgworker_client.logs import Log
 from pgworker_client.reports import Cancelled, Finish, Outbox, Released, Report, Special
 
@@ -77,6 +77,12 @@ class Finisher:
         """There is something to report."""
         self.asleep = False
         self._wake.set()
+
+    def give_back(self, rows: list[Row]) -> None:
+        """Report that these are not started here: others may have them."""
+        if rows:
+            self.outbox.release(rows)
+            self.wake()
 
     def close(self) -> None:
         """End the loop once everything is reported."""

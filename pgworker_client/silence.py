@@ -108,7 +108,7 @@ class Silence:
                     del self._watched[key]
                     if conn.broken and not self._pooled:
                         self._lost.add(conn.pid)
-                elif _waiting(conn) and not _answered(conn):
+                elif _waiting(conn):
                     waits, since = before.get(key, (-1, 0.0))
                     if waits == conn.waits:
                         silent.append(conn)
@@ -153,13 +153,13 @@ class Silence:
 
     def _cut(self, conns: list[Watched], seen: dict[int, tuple[int, float]]) -> None:
         for conn in conns:
-            if _waiting(conn) and conn.waits == seen[id(conn)][0] and not _answered(conn):  # still
+            if _waiting(conn) and conn.waits == seen[id(conn)][0]:  # still
                 self._log.info("a statement got no answer, and the server is not at work on it: connection cut off")
                 cut(conn)
 
 
 def _waiting(conn: Watched) -> bool:
-    return conn.waiting and conn.pgconn.transaction_status == TransactionStatus.ACTIVE
+    return conn.waiting and conn.pgconn.transaction_status == TransactionStatus.ACTIVE and not _answered(conn)
 
 
 def _answered(conn: Watched) -> bool:

@@ -83,10 +83,9 @@ def claim_ids(conn: Conn, worker: int, max_jobs: int = 1, **arguments: Any) -> l
     return [job["id"] for job in claim(conn, worker, max_jobs, columns="id", **arguments)]
 
 
-def retry_in_an_hour(conn: Conn, *tasks: str) -> None:
-    """Let what fails of these tasks be due again in an hour: on a slow machine it might be before it is looked at."""
-    for task in tasks:
-        conn.execute("select pgworker.configure_task(%s, backoff => '[3600]')", [task])
+def retry_in_an_hour(conn: Conn, task: str) -> None:
+    """Let what fails of this task be due again in an hour: on a slow machine it might be before it is looked at."""
+    conn.execute("select pgworker.configure_task(%s, backoff => '[3600]')", [task])
 
 
 def job_row(conn: Conn, job_id: int) -> Row | None:

@@ -6,12 +6,11 @@ import pytest
 
 from tests.calling import Conn, value
 from tests.plans.explained import buffers
+from tests.trees.planting import deep
 
 
 def _pages_for(conn: Conn, levels: int, end: str) -> int:
-    inner = '{"identifier": "inner", "children": ['
-    tree = inner * (levels - 1) + '{"identifier": "leaf"}' + "]}" * (levels - 1)
-    root = value(conn, "select id from pgworker.add_job_tree(%s::jsonb)", tree)
+    root = value(conn, "select id from pgworker.add_job_tree(%s::jsonb)", deep(levels))
     leaf = value(conn, "select max(id) from pgworker.job")
     read = buffers(conn, end.format(root=root, leaf=leaf))
     assert value(conn, "select count(*) from pgworker.job") == 0

@@ -16,6 +16,12 @@ def node(identifier: str, *children: Node, **arguments: Any) -> Node:
     return {"identifier": identifier, "name": identifier, **arguments, **({"children": children} if children else {})}
 
 
+def deep(levels: int) -> str:
+    """Return a tree of that many levels, one job on each; too deep for Python's JSON."""
+    inner = '{"identifier": "inner", "children": ['
+    return inner * (levels - 1) + '{"identifier": "leaf"}' + "]}" * (levels - 1)
+
+
 def plant(conn: Conn, tree: Node) -> dict[str, int]:
     """Add the tree, and return the ids of its nodes by name; names must differ throughout the tree."""
     root = row(conn, "select * from pgworker.add_job_tree(%s)", json.dumps(tree))["id"]

@@ -25,18 +25,12 @@ from tests.calling import (
 )
 from tests.clock import move_clock
 from tests.lifecycle import bring
-from tests.trees.planting import complete, node, only, plant, states, stored
+from tests.trees.planting import complete, deep, node, only, plant, states, stored
 
 
 def put(conn: Conn, tree: Any) -> dict[str, Any]:
     text = tree if isinstance(tree, str) else json.dumps(tree)
     return row(conn, "select * from pgworker.add_job_tree(%s)", text)
-
-
-def deep(levels: int) -> str:
-    """Return a tree of that many levels, one job on each; too deep for Python's JSON."""
-    inner = '{"identifier": "inner", "children": ['
-    return inner * (levels - 1) + '{"identifier": "leaf"}' + "]}" * (levels - 1)
 
 
 def test_the_root_is_returned_as_the_view_shows_it(tx: Conn) -> None:
