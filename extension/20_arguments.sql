@@ -241,50 +241,56 @@ comment on function pgworker.read_interval(text, text, text, bigint, int[], int[
 create function pgworker.read_specs(p_specs jsonb[], p_keys text[], p_base text, p_parents int[], p_places int[])
 returns table (n bigint, identifier text, payload jsonb, queue_name text, run_at timestamptz, max_attempts int,
                job_key text, priority int, flags text[], job_key_mode text, limit_key text, unique_for interval,
-               debounce_max interval)
+               debounce_max interval, name text, on_failure text)
 language sql stable parallel safe
 begin atomic
   select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts::int, s.job_key, s.priority::int, s.flags,
-         s.job_key_mode, s.limit_key, s.unique_for, s.debounce_max
+         s.job_key_mode, s.limit_key, s.unique_for, s.debounce_max, s.name, s.on_failure
   from (
     select e.n, e.spec ->> 'identifier' as identifier,
            coalesce(nullif(e.spec -> 'payload', 'null'), '{}') as payload,
-           e.spec ->> 'queue_name' as queue_name,
-           case when e.spec ->> 'run_at' is not null
-                then pgworker.read_time(e.spec ->> 'run_at', p_base, e.n, p_parents, p_places) end as run_at,
-           (e.spec ->> 'max_attempts')::numeric as max_attempts, e.spec ->> 'job_key' as job_key,
-           (e.spec ->> 'priority')::numeric as priority,
-           case when jsonb_typeof(e.spec -> 'flags') = 'array'
-                then array(select f.flag from jsonb_array_elements_text(e.spec -> 'flags') as f(flag)) end as flags,
-           e.spec ->> 'job_key_mode' as job_key_mode, e.spec ->> 'limit_key' as limit_key,
-           case when e.spec ->> 'unique_for' is not null
-                then pgworker.read_interval('unique_for', e.spec ->> 'unique_for', p_base, e.n, p_parents, p_places)
+           o.other ->> 'queue_name' as queue_name,
+           case when o.other ->> 'run_at' is not null
+                then pgworker.read_time(o.other ->> 'run_at', p_base, e.n, p_parents, p_places) end as run_at,
+           (o.other ->> 'max_attempts')::numeric as max_attempts, o.other ->> 'job_key' as job_key,
+           (o.other ->> 'priority')::numeric as priority,
+           case when jsonb_typeof(o.other -> 'flags') = 'array'
+                then array(select f.flag from jsonb_array_elements_text(o.other -> 'flags') as f(flag)) end as flags,
+           o.other ->> 'job_key_mode' as job_key_mode, o.other ->> 'limit_key' as limit_key,
+           case when o.other ->> 'unique_for' is not null
+                then pgworker.read_interval('unique_for', o.other ->> 'unique_for', p_base, e.n, p_parents, p_places)
            end as unique_for,
-           case when e.spec ->> 'debounce_max' is not null
-                then pgworker.read_interval('debounce_max', e.spec ->> 'debounce_max', p_base, e.n, p_parents, p_places)
-           end as debounce_max
+           case when o.other ->> 'debounce_max' is not null
+                then pgworker.read_interval('debounce_max', o.other ->> 'debounce_max', p_base, e.n, p_parents, p_places)
+           end as debounce_max,
+           o.other ->> 'name' as name, o.other ->> 'on_failure' as on_failure
     from unnest(p_specs) with ordinality as e(spec, n)
+    -- Most objects have an identifier and a payload and nothing else: they pass at once.
+    cross join lateral (
+      select case when jsonb_typeof(e.spec) = 'object' then e.spec - array['identifier', 'payload'] end as other
+      offset 0) as o
     where case
+      when o.other = '{}' and jsonb_typeof(e.spec -> 'identifier') = 'string' then true
       when jsonb_typeof(e.spec) = 'object'
-           and (e.spec - p_keys) = '{}'
+           and (o.other - p_keys) = '{}'
            and coalesce(jsonb_typeof(e.spec -> 'identifier') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'queue_name') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'run_at') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'max_attempts') in ('number', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'job_key') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'priority') in ('number', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'flags') in ('array', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'job_key_mode') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'limit_key') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'unique_for') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'debounce_max') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'name') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'on_failure') in ('string', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'after') in ('array', 'null'), true)
-           and coalesce(jsonb_typeof(e.spec -> 'children') in ('array', 'null'), true)
-           and jsonb_path_exists(e.spec, 'strict $.flags[*] ? (@.type() != "string" && @.type() != "null")',
+           and coalesce(jsonb_typeof(o.other -> 'queue_name') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'run_at') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'max_attempts') in ('number', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'job_key') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'priority') in ('number', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'flags') in ('array', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'job_key_mode') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'limit_key') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'unique_for') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'debounce_max') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'name') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'on_failure') in ('string', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'after') in ('array', 'null'), true)
+           and coalesce(jsonb_typeof(o.other -> 'children') in ('array', 'null'), true)
+           and jsonb_path_exists(o.other, 'strict $.flags[*] ? (@.type() != "string" && @.type() != "null")',
                                  silent => true) is not true
-           and jsonb_path_exists(e.spec, 'strict $.after[*] ? (@.type() != "string")', silent => true) is not true
+           and jsonb_path_exists(o.other, 'strict $.after[*] ? (@.type() != "string")', silent => true) is not true
         then true
       else pgworker.refuse_spec(e.spec, pgworker.spec_label(p_base, e.n, p_parents, p_places), p_keys)
     end

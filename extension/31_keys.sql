@@ -92,7 +92,7 @@ begin
           flags = v_flags,
           limit_key = p_limit_key,
           lane = v_lane,
-          unique_until = j.created_at + p_unique_for,
+          unique_until = v_now + p_unique_for,
           attempts = 0, last_error = null, progress = null,
           revision = j.revision + 1
       where j.key = p_key and j.locked_by is null

@@ -44,8 +44,7 @@ begin
 
   v_specs := array(select e.spec from jsonb_array_elements(add_jobs.specs) with ordinality as e(spec, n) order by e.n);
   -- Ids first, in the order given: they ascend with it whatever order the rows are written in.
-  select array_agg(nextval('pgworker.job_id') order by g.n) into v_ids
-  from generate_series(1, cardinality(v_specs)) as g(n);
+  v_ids := array(select nextval('pgworker.job_id') from generate_series(1, cardinality(v_specs)));
 
   v_keys := array(select distinct e.spec ->> 'job_key' from unnest(v_specs) as e(spec)
                   where e.spec ->> 'job_key' is not null);
@@ -58,38 +57,49 @@ begin
       perform from pgworker.job j where j.key = any (v_keys) order by j.id + 0 for update;
 
       with spec as materialized (
-        -- Those that a window answers come after the others of their key, of which one is to be inserted.
-        select s.n, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.job_key, s.priority, s.flags,
-               s.limit_key, s.unique_for, s.debounce_max, s.held, coalesce(t.max_attempts, 25) as most,
-               case when t.limited then pgworker.lane(t.keyed, s.limit_key, s.queue_name) end as lane,
-               case when s.job_key is null then 1
-                    else row_number() over (partition by s.job_key order by s.held, s.n) end as nth,
-               case when s.job_key is null then 1 else count(*) over (partition by s.job_key) end as same_key
+        select s.n, s.job_key, s.unique_for, s.run_at as asked, s.held, v_ids[s.n] as id, s.identifier, s.payload,
+               s.queue_name, least(coalesce(s.run_at, v_now), v_now + s.debounce_max) as run_at,
+               coalesce(s.max_attempts, t.max_attempts, 25) as max_attempts, coalesce(s.priority, 0) as priority,
+               nullif(s.flags, '{}') as flags, s.limit_key, v_now + s.unique_for as unique_until,
+               case when t.limited then pgworker.lane(t.keyed, s.limit_key, s.queue_name) end as lane
         from (select r.n, r.identifier, r.payload, r.queue_name, r.run_at, r.max_attempts, r.job_key, r.priority, r.flags,
                      r.limit_key, r.unique_for, r.debounce_max, r.unique_for is not null and exists (
                        select from pgworker.finished f where f.key = r.job_key and f.unique_until > v_now offset 0) as held
               from pgworker.read_specs(v_specs, pgworker.job_keys(), 'specs', null, null) r) as s
         left join pgworker.task t on t.identifier = s.identifier
-      ), added as (
-        insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority,
-                                       flags, created_at, limit_key, unique_until, lane)
-        select v_ids[s.n], s.identifier, s.payload, s.queue_name,
-               least(coalesce(s.run_at, v_now), v_now + s.debounce_max), coalesce(s.max_attempts, s.most), s.job_key,
-               coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now, s.limit_key, v_now + s.unique_for, s.lane
+      ), keyed as materialized (
+        -- Those that a window answers come after the others of their key, of which one is to be inserted.
+        select s.*, row_number() over (partition by s.job_key order by s.held, s.n) as nth,
+               count(*) over (partition by s.job_key) as same_key
         from spec s
+        where s.job_key is not null
+      ), plain as (
+        -- By themselves: ON CONFLICT costs a lock and a WAL record for each row, whether it has a key or not.
+        insert into pgworker.job (id, task_identifier, payload, queue_name, run_at, max_attempts, priority, flags,
+                                  created_at, limit_key, lane)
+        select s.id, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.priority, s.flags,
+               v_now, s.limit_key, s.lane
+        from spec s
+        where s.job_key is null
+      ), added as (
+        insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, priority, flags,
+                                       created_at, limit_key, lane, key, unique_until)
+        select s.id, s.identifier, s.payload, s.queue_name, s.run_at, s.max_attempts, s.priority, s.flags,
+               v_now, s.limit_key, s.lane, s.job_key, s.unique_until
+        from keyed s
         where s.nth = 1 and not s.held
-        order by s.job_key nulls first, s.n
+        order by s.job_key
         on conflict (key) where key is not null do nothing
         returning j.id, j.key
       )
-      select array(select s.n from spec s where s.job_key is not null
-                   and (s.same_key > 1 or not exists (select from added a where a.key = s.job_key))),
+      select array(select s.n from keyed s
+                   where s.same_key > 1 or not exists (select from added a where a.key = s.job_key)),
              array(select a.id from added a
-                   where exists (select from spec s where s.job_key = a.key and s.same_key > 1)),
-             bool_or(coalesce(s.run_at, v_now) <= pgworker.clock() and not s.held), bool_or(s.run_at < v_now),
-             array_agg(s.job_key) filter (where s.unique_for is not null and not s.held),
-             array_agg(s.job_key) filter (where s.nth = 1 and s.held)
-      into v_folds, v_first, v_due, v_past, v_unique, v_answered
+                   where exists (select from keyed s where s.job_key = a.key and s.same_key > 1)),
+             array(select s.job_key from keyed s where s.unique_for is not null and not s.held),
+             array(select s.job_key from keyed s where s.nth = 1 and s.held),
+             bool_or(coalesce(s.asked, v_now) <= pgworker.clock() and not s.held), bool_or(s.asked < v_now)
+      into v_folds, v_first, v_unique, v_answered, v_due, v_past
       from spec s;
 
       if cardinality(v_folds) > 0 then
@@ -166,7 +176,7 @@ begin
                                 case when v_one.attempts = 0 then v_one.created_at + v_spec.debounce_max end);
         end if;
         v_one.limit_key := v_spec.limit_key;
-        v_one.unique_until := v_one.created_at + v_spec.unique_for;
+        v_one.unique_until := v_now + v_spec.unique_for;
         v_one.max_attempts := coalesce(v_spec.max_attempts, 25);
         v_one.priority := coalesce(v_spec.priority, 0);
         v_one.flags := nullif(v_spec.flags, '{}');
@@ -205,7 +215,11 @@ begin
   end if;
 
   if v_rows is null then
-    return query select r.* from pgworker.job_rows(v_ids) r;
+    return query
+    select v.*
+    from unnest(v_ids) with ordinality as u(id, n)
+    cross join lateral (select o.* from pgworker.live o where o.id = u.id offset 0) as v
+    order by u.n;
   else
     for v_n in 1 .. cardinality(v_ids) loop
       v_one := v_rows[v_n];

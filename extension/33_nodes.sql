@@ -146,7 +146,8 @@ begin
   select s.n, k.key into v_bad
   from unnest(p_specs) with ordinality as s(spec, n)
   cross join unnest(array['unique_for', 'debounce_max', 'job_key_mode']) with ordinality as k(key, place)
-  where case when k.key = 'job_key_mode' then s.spec ->> k.key = 'debounce' else s.spec ->> k.key is not null end
+  where s.spec ?| array['unique_for', 'debounce_max', 'job_key_mode']
+    and case when k.key = 'job_key_mode' then s.spec ->> k.key = 'debounce' else s.spec ->> k.key is not null end
   order by s.n, k.place limit 1;
   if found then
     perform pgworker.refuse_tree(
@@ -195,12 +196,21 @@ begin
     from jsonb_array_elements_text(p_specs[v_bad.n] -> 'after') as a(name)
     where not exists (select from unnest(p_specs) with ordinality as s(spec, n)
                       where s.spec ->> 'name' = a.name and p_parents[s.n] = p_parents[v_bad.n]);
+    if p_parents[v_bad.n] = 0 and v_bad.name = any (p_taken) then
+      perform pgworker.refuse_tree(
+        format('%s.after names %s, which was added by an earlier call',
+               pgworker.spec_label(p_base, v_bad.n, p_parents, p_places), quote_literal(v_bad.name)),
+        'Add the two in one call, or let the job wait_for_children() before it adds this one.');
+    end if;
     perform pgworker.refuse_tree(
       format('%s.after names %s, which none of its siblings is called',
              pgworker.spec_label(p_base, v_bad.n, p_parents, p_places), quote_literal(left(v_bad.name, 200))),
-      coalesce((select 'Its siblings'' names: ' || string_agg(quote_literal(s.spec ->> 'name'), ', ' order by s.n) || '.'
-                from unnest(p_specs) with ordinality as s(spec, n)
-                where p_parents[s.n] = p_parents[v_bad.n] and s.spec ->> 'name' is not null and s.n <> v_bad.n),
+      coalesce((select 'Its siblings'' names: '
+                       || string_agg(quote_literal(o.name), ', ' order by o.place) filter (where o.place <= 20)
+                       || case when count(*) > 20 then format(' and %s more', count(*) - 20) else '' end || '.'
+                from (select s.spec ->> 'name' as name, row_number() over (order by s.n) as place
+                      from unnest(p_specs) with ordinality as s(spec, n)
+                      where p_parents[s.n] = p_parents[v_bad.n] and s.spec ->> 'name' is not null and s.n <> v_bad.n) as o),
                'Give the sibling that it is to wait for a name.'));
   end if;
 
@@ -210,8 +220,11 @@ begin
     if v_cycle is not null then
       perform pgworker.refuse_tree(
         format('%s waits for itself: %s', pgworker.spec_label(p_base, v_cycle[1], p_parents, p_places),
-               (select string_agg(quote_literal(p_specs[c.n] ->> 'name'), ' after ' order by c.place)
-                from unnest(v_cycle) with ordinality as c(n, place))),
+               (select string_agg(case when c.place = 20 and c.place < cardinality(v_cycle) - 1
+                                       then format('%s more', cardinality(v_cycle) - 20)
+                                       else quote_literal(p_specs[c.n] ->> 'name') end, ' after ' order by c.place)
+                from unnest(v_cycle) with ordinality as c(n, place)
+                where c.place <= 20 or c.place = cardinality(v_cycle))),
         'Take one of these out of an after.');
     end if;
   end if;
@@ -260,7 +273,7 @@ begin
            array_agg(coalesce(c.children, 0) order by c.n)
     into v_specs, v_counts
     from (select u.n, u.spec,
-                 case when jsonb_path_exists(u.spec, 'strict $.children.type() ? (@ == "array")', silent => true)
+                 case when jsonb_typeof(u.spec -> 'children') = 'array'
                       then jsonb_array_length(u.spec -> 'children') end as children
           from unnest(v_level) with ordinality as u(spec, n)) as c;
     specs := specs || v_specs;
@@ -282,7 +295,12 @@ begin
   end loop;
 
   -- The order in which the tree reads: a node's place is one behind its parent, or behind all that is below the sibling
-  -- before it. Nodes are numbered level by level here, parents before children.
+  -- before it. Nodes are numbered level by level here, parents before children, which is the same for a job and its
+  -- children.
+  if v_depth = 1 or v_depth = 2 and parents[2] = 1 then
+    orders := array(select g.n from generate_series(1, v_before) as g(n));
+    return;
+  end if;
   v_size := array_fill(1, array[v_before]);
   for v_n in reverse v_before .. 1 loop
     if parents[v_n] > 0 then

@@ -50,7 +50,7 @@ declare
   v_afters  int[];                                 -- how many siblings each waits for
   v_leads   boolean[];                             -- whether a sibling waits for it
   v_ids     bigint[];
-  v_added   bigint[];
+  v_taken   bigint;                                -- the first whose key is
   v_bad     record;
   v_due     boolean;
   v_past    boolean;
@@ -81,44 +81,57 @@ begin
   end if;
 
   v_orders := v_tree.orders;
-  select array_agg(nextval('pgworker.job_id') order by g.n) into v_ids from generate_series(1, cardinality(v_specs)) as g(n);
+  v_ids := array(select nextval('pgworker.job_id') from generate_series(1, cardinality(v_specs)));
   v_ids := array(select v_ids[o.place] from unnest(v_orders) with ordinality as o(place, n) order by o.n);
-  select array_agg(coalesce(t.n, 0)::int order by g.n), array_agg(f.n is not null order by g.n) into v_afters, v_leads
-  from generate_series(1, cardinality(v_specs)) as g(n)
-  left join (select e.node, count(*) as n from unnest(v_edges.tos) as e(node) group by e.node) as t on t.node = g.n
-  left join (select e.node, count(*) as n from unnest(v_edges.froms) as e(node) group by e.node) as f on f.node = g.n;
+  if v_edges.tos is not null then
+    select array_agg(coalesce(t.n, 0)::int order by g.n), array_agg(f.n is not null order by g.n) into v_afters, v_leads
+    from generate_series(1, cardinality(v_specs)) as g(n)
+    left join (select e.node, count(*) as n from unnest(v_edges.tos) as e(node) group by e.node) as t on t.node = g.n
+    left join (select e.node, count(*) as n from unnest(v_edges.froms) as e(node) group by e.node) as f on f.node = g.n;
+  end if;
 
-  with added as (
+  with node as materialized (
+    select v_ids[s.n] as id, s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now) as run_at,
+           coalesce(s.max_attempts, t.max_attempts, 25) as max_attempts, s.job_key, coalesce(s.priority, 0) as priority,
+           nullif(s.flags, '{}') as flags, coalesce(v_ids[v_parents[s.n]], p_parent.id) as parent_id,
+           coalesce(p_parent.root_id, v_ids[1]) as root_id, coalesce(p_parent.depth + 1, 0) + v_depths[s.n] - 1 as depth,
+           case when v_parents[s.n] > 0 then pgworker.slot(v_places[s.n], v_counts[v_parents[s.n]])
+                else p_slots[v_places[s.n] + 1] end as slot,
+           coalesce(v_ids[v_gates[s.n]], case when v_afters[s.n] > 0 then v_ids[s.n] end) as gate_id,
+           (v_counts[s.n] > 0 or v_gates[s.n] > 0 or v_afters[s.n] > 0) is true as waiting,
+           -- A root's own compensation would be its child.
+           v_counts[s.n] > 0 or v_parents[s.n] = 0 and p_parent.id is null and v_specs[1] ? 'compensate' as has_children,
+           coalesce(v_leads[s.n], false) as has_followers, s.name, s.on_failure,
+           s.limit_key, case when t.limited then pgworker.lane(t.keyed, s.limit_key, s.queue_name) end as lane
+    from pgworker.read_specs(v_specs, pgworker.node_keys(), p_base, v_parents, v_places) s
+    left join pgworker.task t on t.identifier = s.identifier
+  ), plain as (
+    -- By themselves, as in add_jobs.
+    insert into pgworker.job (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
+                              created_at, parent_id, root_id, depth, slot, gate_id, waiting, has_children, has_followers,
+                              name, on_failure, limit_key, lane)
+    select n.id, n.identifier, n.payload, n.queue_name, n.run_at, n.max_attempts, n.job_key, n.priority, n.flags,
+           v_now, n.parent_id, n.root_id, n.depth, n.slot, n.gate_id, n.waiting, n.has_children, n.has_followers,
+           n.name, n.on_failure, n.limit_key, n.lane
+    from node n where n.job_key is null
+  ), added as (
     insert into pgworker.job as j (id, task_identifier, payload, queue_name, run_at, max_attempts, key, priority, flags,
                                    created_at, parent_id, root_id, depth, slot, gate_id, waiting, has_children,
                                    has_followers, name, on_failure, limit_key, lane)
-    select v_ids[s.n], s.identifier, s.payload, s.queue_name, coalesce(s.run_at, v_now),
-           coalesce(s.max_attempts, t.max_attempts, 25),
-           s.job_key, coalesce(s.priority, 0), nullif(s.flags, '{}'), v_now,
-           coalesce(v_ids[v_parents[s.n]], p_parent.id), coalesce(p_parent.root_id, v_ids[1]),
-           coalesce(p_parent.depth + 1, 0) + v_depths[s.n] - 1,
-           case when v_parents[s.n] > 0 then pgworker.slot(v_places[s.n], v_counts[v_parents[s.n]])
-                else p_slots[v_places[s.n] + 1] end,
-           coalesce(v_ids[v_gates[s.n]], case when v_afters[s.n] > 0 then v_ids[s.n] end),
-           v_counts[s.n] > 0 or v_gates[s.n] > 0 or v_afters[s.n] > 0, v_counts[s.n] > 0, v_leads[s.n],
-           w.spec ->> 'name', w.spec ->> 'on_failure', s.limit_key,
-           case when t.limited then pgworker.lane(t.keyed, s.limit_key, s.queue_name) end
-    from pgworker.read_specs(v_specs, pgworker.node_keys(), p_base, v_parents, v_places) s
-    -- joined, not v_specs[s.n]: to find one of an array's elements of different lengths all before it are walked over
-    join unnest(v_specs) with ordinality as w(spec, n) on w.n = s.n
-    left join pgworker.task t on t.identifier = s.identifier
-    order by s.job_key nulls first, s.n
+    select n.id, n.identifier, n.payload, n.queue_name, n.run_at, n.max_attempts, n.job_key, n.priority, n.flags,
+           v_now, n.parent_id, n.root_id, n.depth, n.slot, n.gate_id, n.waiting, n.has_children, n.has_followers,
+           n.name, n.on_failure, n.limit_key, n.lane
+    from node n where n.job_key is not null
+    order by n.job_key
     on conflict (key) where key is not null do nothing
-    returning j.id, j.waiting, j.run_at
+    returning j.id
   )
-  select array_agg(a.id), bool_or(not a.waiting and a.run_at <= pgworker.clock()),
-         bool_or(not a.waiting and a.run_at < v_now)
-  into v_added, v_due, v_past
-  from added a;
-  if coalesce(cardinality(v_added), 0) < cardinality(v_ids) then
-    select min(u.n) as n into v_bad
-    from unnest(v_ids) with ordinality as u(id, n)
-    where u.id in (select i.id from unnest(v_ids) as i(id) except select a.id from unnest(v_added) as a(id));
+  select (select min(n.id) from node n where n.job_key is not null and n.id not in (select a.id from added a)),
+         bool_or(not n.waiting and n.run_at <= pgworker.clock()), bool_or(not n.waiting and n.run_at < v_now)
+  into v_taken, v_due, v_past
+  from node n;
+  if v_taken is not null then
+    v_bad.n := array_position(v_ids, v_taken)::bigint;
     perform pgworker.refuse_tree(
       format('%s.job_key %s is taken by job %s', pgworker.spec_label(p_base, v_bad.n, v_parents, v_places),
              quote_literal(v_specs[v_bad.n] ->> 'job_key'),
@@ -138,6 +151,9 @@ begin
 
   if exists (select from unnest(v_specs) as s(spec) where s.spec ? 'compensate') then
     perform pgworker.add_compensations(v_specs, p_base, v_parents, v_places, v_ids, coalesce(p_parent.root_id, v_ids[1]));
+    if p_parent.id is not null then
+      perform pgworker.postpone(array[p_parent.root_id], 'compensate');    -- whoever ends the root may not see them yet
+    end if;
   end if;
 
   if v_past then

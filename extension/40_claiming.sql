@@ -31,10 +31,10 @@
 -- every 250 ms, but not so often that more than a twentieth of the time goes into them (a quarter when there is a reason
 -- to look: a moved epoch, or nothing found; when both are so, always, unless a sweep takes more than 100 ms).
 --
--- Where a sweep takes less than a millisecond every claim is one; and if there are no queued jobs, no limits and no
--- timeouts it is a brief one: one statement over all priorities, which neither needs nor moves the cursor. That may meet
--- a million jobs of the future, which the others leap over. So after one that took longer than a millisecond, for a
--- hundred times as long none is tried.
+-- Where a sweep takes less than a millisecond every claim is one; and if there are no queued jobs, no timeouts and no
+-- jobs that their limits let through it is a brief one: one statement over all priorities, which neither needs nor moves
+-- the cursor. That may meet a million jobs of the future, which the others leap over. So after one that took longer than
+-- a millisecond, for a hundred times as long none is tried.
 --
 -- The planner must walk the claim indexes in their order whatever the statistics say, hence the settings of get_jobs:
 -- they hold for the plans made in it and in what it calls, which are kept for the session.
@@ -193,10 +193,14 @@ begin
     from pgworker.task t;
     v_flags := v_flags || v_forbidden;
   end if;
-  v_brief := v_brief and not (v_worker.queued or v_limits or v_timeouts) and v_worker.timeouts is null;
+  if v_limits then
+    select h.ids, h.priorities, h.run_ats into v_limited, v_priorities, v_run_ats
+    from pgworker.limited_heads(v_now, v_most, tasks, v_flags) h;
+  end if;
+  v_brief := v_brief and not (v_worker.queued or v_limited is not null or v_timeouts) and v_worker.timeouts is null;
 
   if v_brief then
-    -- Nothing is due but a few jobs in no queue and without limits: all that matters is how few statements it takes.
+    -- Nothing can be had but a few jobs in no queue and without limits: all that matters is how few statements it takes.
     v_not_before := null;
     v_started := clock_timestamp();
     return query
@@ -229,10 +233,6 @@ begin
     end if;
   else
     select e.last_value into v_epoch from pgworker.epoch e;
-    if v_limits then
-      select h.ids, h.priorities, h.run_ats into v_limited, v_priorities, v_run_ats
-      from pgworker.limited_heads(v_now, v_most, tasks, v_flags) h;
-    end if;
     if v_cursor[1] is distinct from v_whose then
       perform pgworker.note_interest(worker_id, tasks, forbidden_flags);
       v_cursor := array[v_whose, v_epoch, 0, -1, 0];

@@ -2,6 +2,7 @@
 --
 --   lane_key, lane     which jobs stand in line together
 --   free_by            when a permit can be taken
+--   later              when an interval has passed
 --   gates_of           what a job has to pass
 --   rooms              how many more a gate lets through now
 --   plain_heads        the first of the jobs that nothing limits
@@ -41,6 +42,13 @@ language sql immutable parallel safe
 return case when p_kind = 'rate' then p_now else '9999-12-31 00:00:00+00'::timestamptz end;
 comment on function pgworker.free_by(text, timestamptz) is
   'Internal: permits of that kind whose free_at is not after this can be taken.';
+
+-- By the session's clocks a day has 23 hours where they are put forward, and each session may have others.
+create function pgworker.later(p_at timestamptz, p_interval interval) returns timestamptz
+language sql immutable parallel safe
+return (p_at at time zone 'UTC' + p_interval) at time zone 'UTC';
+comment on function pgworker.later(timestamptz, interval) is
+  'Internal: a time and an interval after it, whose days have 24 hours whatever the time zone of the session.';
 
 create function pgworker.gates_of(p_job_id bigint)
 returns table (task text, kind text, lane_key text, most int, per interval)

@@ -182,7 +182,7 @@ begin
     returning j.ctid as tid, j.id, j.task_identifier, j.queue_name, j.lane
   ), used as (
     update pgworker.permit p
-    set job_id = c.id, lane = c.lane, free_at = coalesce(p_now + s.per, 'infinity')
+    set job_id = c.id, lane = c.lane, free_at = coalesce(pgworker.later(p_now, s.per), 'infinity')
     from claimed c
     join pass s on s.id = c.id
     where p.ctid = s.tid                           -- locked above

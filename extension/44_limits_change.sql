@@ -52,8 +52,8 @@ begin
     delete from pgworker.permit p where p.task_identifier = p_new.identifier
     returning p.kind, p.lane_key, p.job_id, p.lane,
               case when p.kind = 'concurrency' then p.free_at
-                   when p.lane_key = '' then p.free_at + (p_new.rate_interval - p_old.rate_interval)
-                   else p.free_at + (p_new.rate_interval_per_key - p_old.rate_interval_per_key) end as free_at
+                   when p.lane_key = '' then pgworker.later(p.free_at, p_new.rate_interval - p_old.rate_interval)
+                   else pgworker.later(p.free_at, p_new.rate_interval_per_key - p_old.rate_interval_per_key) end as free_at
   )
   insert into pgworker.permit (task_identifier, kind, lane_key, n, job_id, lane, free_at)
   select p_new.identifier, g.kind, g.lane_key, row_number() over (partition by g.kind, g.lane_key order by g.free_at desc),

@@ -6,10 +6,10 @@
 -- What workers report is in 51_reporting.sql.
 -- Locks: job rows by id, then queue rows by name, then permits; who holds a queue row waits for nobody that waits for it.
 
--- Moves jobs out of the live table; what that means for others in their trees follows from it (57_settling.sql). What is
--- kept, and for how long, is the task's setting or else that of the installation: keep_failed for failed and cancelled
--- jobs, keep_completed for completed ones, and if they have a result, belong to a tree or were ended by hand (p_keep) at
--- least keep_results; with unique_for at least until the window ends. The nodes of a tree stay until their root goes.
+-- Moves jobs out of the live table; what that means for others, in their trees and behind them in queues, follows from it
+-- (57_settling.sql). What is kept, and for how long, is the task's setting or else that of the installation: keep_failed
+-- for failed and cancelled jobs, keep_completed for completed ones, and if they have a result, belong to a tree or were
+-- ended by hand (p_keep) at least keep_results; with unique_for at least until the window ends. The nodes of a tree stay until their root goes.
 -- p_worker_id: the rows are not locked, and only those go that this worker holds (in the attempts p_attempts, if given),
 -- that nobody asked to stop, and that belong to no tree unless p_trees says that they are locked after all. What one
 -- transaction ends in trees goes in one call: counters are locked once, from the deepest level upwards. p_lost: rescued.
@@ -29,9 +29,6 @@ as $$
 declare
   v_now   constant timestamptz := pgworker.clock();
   v_gone  bigint[];
-  v_names text[];
-  v_held  bigint[];
-  v_limited bigint[];
   v_said  text;
 begin
   -- For settle(), a trigger of this very statement and of none that another trigger may execute.
@@ -48,32 +45,37 @@ begin
       and (p_worker_id is null
            or j.locked_by = p_worker_id and (e.attempt is null or j.attempts = e.attempt)
               and j.ends_as is null and (p_trees or j.root_id is null))
-    returning j.id, j.run_at, j.created_at, j.parent_id, j.root_id, coalesce(e.cause_id, j.cause_id) as cause_id,
-              j.revision, j.depth, j.priority, j.attempts, j.max_attempts, j.has_children, j.has_followers, e.state,
-              j.task_identifier, j.payload, j.queue_name, j.key, j.flags, coalesce(e.error, j.last_error) as last_error,
-              j.progress, e.result, j.name, j.on_failure, j.locked_at, j.locked_by, j.lane, j.limit_key,
+    -- What is asked of every row comes first: to read a column, all before it are gone through.
+    returning j.id, j.locked_by is not null and e.state <> 'completed' and (select pgworker.records()) as records,
+              j.root_id, e.state, j.locked_by, j.queue_name, j.run_at, j.created_at, j.parent_id,
+              coalesce(e.cause_id, j.cause_id) as cause_id, j.revision, j.depth, j.priority, j.attempts, j.max_attempts,
+              j.has_children, j.has_followers, j.task_identifier, j.payload, j.key, j.flags,
+              coalesce(e.error, j.last_error) as last_error, j.progress, e.result, j.name, j.on_failure, j.locked_at,
+              j.limit_key,
               case when e.state <> 'cancelled' then j.unique_until end as unique_until, j.recorded,
+              -- What is the same for all is reckoned once: adding an interval to a time takes as long as an index entry.
               case
                 when j.parent_id is not null then 'infinity'
                 when e.state = 'completed' then greatest(
                   j.unique_until,
-                  v_now + coalesce(
-                    case when (select exists (select from pgworker.task o where o.keep_completed is not null))
-                         then (select t.keep_completed from pgworker.task t where t.identifier = j.task_identifier) end,
-                    greatest(coalesce((select s.value from pgworker.setting s where s.name = 'keep_completed'),
-                                      pgworker.default_setting('keep_completed'))::interval,
+                  coalesce(
+                    v_now + case when (select exists (select from pgworker.task o where o.keep_completed is not null))
+                                 then (select t.keep_completed from pgworker.task t
+                                       where t.identifier = j.task_identifier) end,
+                    greatest((select v_now + coalesce((select s.value from pgworker.setting s
+                                                       where s.name = 'keep_completed'),
+                                                      pgworker.default_setting('keep_completed'))::interval),
                              case when p_keep or e.result is not null or j.root_id is not null
-                                  then coalesce((select s.value from pgworker.setting s where s.name = 'keep_results'),
-                                                pgworker.default_setting('keep_results'))::interval end)))
+                                  then (select v_now + coalesce((select s.value from pgworker.setting s
+                                                                 where s.name = 'keep_results'),
+                                                                pgworker.default_setting('keep_results'))::interval)
+                             end)))
                 else greatest(
                   case when e.state = 'failed' then j.unique_until end,
-                  v_now + coalesce(
-                    (select t.keep_failed from pgworker.task t where t.identifier = j.task_identifier),
-                    coalesce((select s.value from pgworker.setting s where s.name = 'keep_failed'),
-                             pgworker.default_setting('keep_failed'))::interval))
+                  coalesce(v_now + (select t.keep_failed from pgworker.task t where t.identifier = j.task_identifier),
+                           (select v_now + coalesce((select s.value from pgworker.setting s where s.name = 'keep_failed'),
+                                                    pgworker.default_setting('keep_failed'))::interval)))
               end as keep_until,
-              j.locked_by is not null and e.state <> 'completed'
-                and (select pgworker.records()) as records,
               case when j.locked_by = p_worker_id then (select w.name from pgworker.worker w where w.id = p_worker_id)
                    when j.locked_by is not null then (select w.name from pgworker.worker w where w.id = j.locked_by)
               end as worker_name
@@ -98,17 +100,9 @@ begin
     -- back, and by that events tell how it ended (65_events.sql).
     where g.root_id is not null or g.keep_until > v_now or g.state <> 'completed' or p_keep
   )
-  select coalesce(array_agg(g.id), '{}'),
-         array_agg(g.queue_name) filter (where g.queue_name is not null and g.locked_by is not null),
-         array_agg(g.id) filter (where g.queue_name is not null and g.locked_by is not null),
-         array_agg(g.id) filter (where g.lane is not null and g.locked_by is not null)
-  into v_gone, v_names, v_held, v_limited
-  from gone g;
+  select coalesce(array_agg(g.id), '{}') into v_gone from gone g;
   if v_said <> '' then
     v_said := set_config('pgworker.completing', '', true);
-  end if;
-  if v_names is not null or v_limited is not null then
-    perform pgworker.free_places(v_names, v_held, v_limited);
   end if;
   return v_gone;
 end

@@ -44,9 +44,6 @@ declare
   v_keeps     boolean;
   v_done      bigint[] := array[]::bigint[];
   v_left      bigint[];
-  v_names     text[];
-  v_queued    bigint[];
-  v_limited   bigint[];
   v_ids       bigint[] := array[]::bigint[];
   v_states    text[];
   v_errors    text[];
@@ -97,15 +94,9 @@ begin
       where j.id = any (array[e.id]) and j.locked_by = finish_jobs.worker_id
         and (e.attempt is null or j.attempts = e.attempt) and j.ends_as is null and j.root_id is null
         and j.unique_until is null
-      returning j.id, j.queue_name, j.lane
+      returning j.id
     )
-    select coalesce(array_agg(g.id), '{}'), array_agg(g.queue_name) filter (where g.queue_name is not null),
-           array_agg(g.id) filter (where g.queue_name is not null), array_agg(g.id) filter (where g.lane is not null)
-    into v_done, v_names, v_queued, v_limited
-    from gone g;
-    if v_names is not null or v_limited is not null then
-      perform pgworker.free_places(v_names, v_queued, v_limited);
-    end if;
+    select coalesce(array_agg(g.id), '{}') into v_done from gone g;
   end if;
 
   if cardinality(v_done) < cardinality(v_completed) or cardinality(v_failed) > 0 then

@@ -1,6 +1,7 @@
 -- 57_settling.sql: what the end of a job means for the others in its tree
 --
---   settle             statement trigger on job: whatever takes a job of a tree away comes through here
+--   settle             statement trigger on job: whatever takes jobs away comes through here, and their places in queues
+--                      and under limits come free
 --   settle_ended       level by level upwards: what is below stops, followers start, parents are released or fail
 --   cancel_pending     those that will never start
 --   settle_followers   the after of siblings
@@ -40,6 +41,9 @@ comment on type pgworker.ended is
   'Internal: a job that has left the live table. owns: it may have counters; stops: what is below it is not to go on; '
   'fails: its parent is to fail with it, else whoever waits for it goes on; vanishes: nothing is to be kept of it; state: '
   'null if it was deleted; error: its last error, which what is below it is told; reason: what stood at the beginning.';
+
+create type pgworker.ended_level as (depth int, jobs pgworker.ended[]);
+comment on type pgworker.ended_level is 'Internal: jobs of one level that have left the live table.';
 
 create function pgworker.fail_parents(p_children pgworker.ended[]) returns pgworker.ended[]
 language plpgsql volatile parallel unsafe
@@ -238,9 +242,11 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  v_rest    pgworker.ended[] := p_ended;
+  v_levels  pgworker.ended_level[];                -- the deepest first
+  v_next    int := 1;
   v_level   pgworker.ended[];
   v_failing pgworker.ended[];
+  v_failed  pgworker.ended[];
   v_all     record;
   v_parents bigint[];                              -- those that are live
   v_held    bigint[];                              -- counters: by others
@@ -251,19 +257,22 @@ declare
   v_errors  text[];
   v_causes  bigint[];
 begin
-  while cardinality(v_rest) > 0 loop
-    select max(e.depth) as depth, max(e.depth) = min(e.depth) as level, bool_or(e.has_followers) as followed,
-           bool_or(e.owns) as own, bool_or(e.vanishes) as vanish, bool_or(e.parent_id is null) as rooted,
-           count(distinct e.parent_id) as parents
-    into v_all
-    from unnest(v_rest) as e;
-    if v_all.level then                            -- nearly always
-      v_level := v_rest;
-      v_rest := '{}';
-    else
-      v_level := array(select e from unnest(v_rest) as e where e.depth = v_all.depth);
-      v_rest := array(select e from unnest(v_rest) as e where e.depth < v_all.depth);
+  -- Sorted once: to look for each level among all that are left would take levels times jobs.
+  v_levels := array(select row(e.depth, array_agg(e))::pgworker.ended_level
+                    from unnest(p_ended) as e group by e.depth order by e.depth desc);
+  loop
+    -- The parents that failed are one level up from here, and whatever else has ended is there or further up.
+    v_level := v_failed;
+    if v_next <= cardinality(v_levels) and (v_level is null or (v_levels[v_next]).depth = (v_level[1]).depth) then
+      v_level := (v_levels[v_next]).jobs || v_level;
+      v_next := v_next + 1;
     end if;
+    exit when v_level is null;
+    v_failed := null;
+    select bool_or(e.has_followers) as followed, bool_or(e.owns) as own, bool_or(e.vanishes) as vanish,
+           bool_or(e.parent_id is null) as rooted, count(distinct e.parent_id) as parents
+    into v_all
+    from unnest(v_level) as e;
 
     -- Downwards. Counters of what is gone: a session that is just counting down on one holds it.
     if v_all.own then
@@ -300,7 +309,7 @@ begin
                                        except select f.parent_id from unnest(v_failing) as f));
       end if;
       if v_failing is not null then
-        v_rest := v_rest || pgworker.fail_parents(v_failing);
+        v_failed := pgworker.fail_parents(v_failing);
       end if;
     end if;
 
@@ -347,76 +356,83 @@ declare
   v_rooted  boolean;
   v_trees   boolean;
   v_recorded boolean;
+  v_placed  boolean;                               -- some ran, in a queue or under limits
 begin
   select bool_or(p.of_tree), bool_or(p.recorded), array_agg(p.parent_id) filter (where p.of_tree),
          array_agg(p.slot) filter (where p.of_tree), array_agg(p.n) filter (where p.of_tree),
          bool_and(p.plain) filter (where p.of_tree)
            and max(p.depth) filter (where p.of_tree) = min(p.depth) filter (where p.of_tree),
-         bool_or(p.parent_id is null) filter (where p.of_tree)
-  into v_trees, v_recorded, v_parents, v_slots, v_counts, v_plain, v_rooted
+         bool_or(p.parent_id is null) filter (where p.of_tree), bool_or(p.placed)
+  into v_trees, v_recorded, v_parents, v_slots, v_counts, v_plain, v_rooted, v_placed
   from (select g.parent_id, g.slot, g.depth, g.root_id is not null and not g.settled as of_tree, count(*)::int as n,
                bool_or(g.recorded) as recorded,
+               bool_or(g.locked_by is not null and (g.queue_name is not null or g.lane is not null)) as placed,
                bool_and(g.slot is not null and not (g.has_children or g.waiting or g.has_followers)) as plain
         from gone g
         group by g.parent_id, g.slot, g.depth, g.root_id is not null and not g.settled) as p;
   if v_recorded then
     perform pgworker.forget_attempts(array(select g.id from gone g where g.recorded));
   end if;
-  if v_trees is not true then
-    return null;
-  end if;
+  if v_trees then
+    -- Nearly always: leaves of one level that have completed, as finish() has said, and nothing follows from that but the
+    -- count of their parents. Of each job no more is looked at than that needs: children then cost little more than jobs
+    -- that are in no tree.
+    if v_plain and current_setting('pgworker.completing', true) = pg_trigger_depth()::text
+       and not exists (select from unnest(v_parents) as p(id)
+                       where not exists (select from pgworker.job j where j.id = p.id offset 0)) then
+      v_parents := pgworker.count_down(false, v_parents, v_slots, null, v_counts);
+      if v_parents is not null then
+        perform pgworker.release(v_parents);
+      end if;
+    else
+      -- A tree that was to be undone if it fails does not vanish: a root that was removed is kept, as cancelled.
+      if v_rooted then
+        insert into pgworker.finished
+        select r.*
+        from gone g
+        cross join lateral jsonb_populate_record(
+          null::pgworker.finished,
+          to_jsonb(g) || jsonb_build_object(
+            'state', 'cancelled', 'started_at', g.locked_at, 'finished_at', pgworker.clock(), 'unique_until', null,
+            'keep_until', pgworker.clock() + coalesce((select t.keep_failed from pgworker.task t
+                                                       where t.identifier = g.task_identifier),
+                                                      pgworker.interval_setting('keep_failed')),
+            'last_error', format('job %s was removed', g.id))) as r
+        where g.id = g.root_id and exists (select from pgworker.compensation c where c.root_id = g.id offset 0)
+          and not exists (select from pgworker.finished f where f.id = g.id offset 0);
+      end if;
 
-  -- Nearly always: leaves of one level that have completed, as finish() has said, and nothing follows from that but the
-  -- count of their parents. Of each job no more is looked at than that needs: children then cost little more than jobs
-  -- that are in no tree.
-  if v_plain and current_setting('pgworker.completing', true) = pg_trigger_depth()::text
-     and not exists (select from unnest(v_parents) as p(id)
-                     where not exists (select from pgworker.job j where j.id = p.id offset 0)) then
-    v_parents := pgworker.count_down(false, v_parents, v_slots, null, v_counts);
-    if v_parents is not null then
-      perform pgworker.release(v_parents);
+      select array_agg(row(g.id, g.parent_id, g.root_id, g.depth, g.slot, g.has_children or g.waiting,
+                           g.has_children and (g.locked_by is null or f.state is distinct from 'completed'),
+                           g.has_followers,
+                           f.state is distinct from 'completed' and coalesce(g.on_failure, 'fail-parent') = 'fail-parent',
+                           f.state is null or f.state <> 'completed' and coalesce(g.on_failure = 'remove', false)
+                                              and g.parent_id is not null,
+                           coalesce(g.name, g.task_identifier), f.state, coalesce(f.error, format('job %s was removed', g.id)),
+                           f.error, f.cause_id)::pgworker.ended)
+      into v_ended
+      from gone g
+      left join lateral (
+        select o.state, o.cause_id,
+               case when o.state = 'completed' then format('job %s was completed', o.id) else o.last_error end as error
+        from pgworker.finished o where o.id = g.id offset 0) as f on true
+      where g.root_id is not null and not g.settled;
+      perform pgworker.settle_ended(v_ended);
     end if;
-    return null;
   end if;
 
-  -- A tree that was to be undone if it fails does not vanish: a root that was removed is kept, as cancelled.
-  if v_rooted then
-    insert into pgworker.finished
-    select r.*
-    from gone g
-    cross join lateral jsonb_populate_record(
-      null::pgworker.finished,
-      to_jsonb(g) || jsonb_build_object(
-        'state', 'cancelled', 'started_at', g.locked_at, 'finished_at', pgworker.clock(), 'unique_until', null,
-        'keep_until', pgworker.clock() + coalesce((select t.keep_failed from pgworker.task t
-                                                   where t.identifier = g.task_identifier),
-                                                  pgworker.interval_setting('keep_failed')),
-        'last_error', format('job %s was removed', g.id))) as r
-    where g.id = g.root_id and exists (select from pgworker.compensation c where c.root_id = g.id offset 0)
-      and not exists (select from pgworker.finished f where f.id = g.id offset 0);
+  if v_placed then
+    perform pgworker.free_places(array_agg(g.queue_name) filter (where g.queue_name is not null),
+                                 array_agg(g.id) filter (where g.queue_name is not null),
+                                 array_agg(g.id) filter (where g.lane is not null))
+    from gone g where g.locked_by is not null;
   end if;
-
-  select array_agg(row(g.id, g.parent_id, g.root_id, g.depth, g.slot, g.has_children or g.waiting,
-                       g.has_children and (g.locked_by is null or f.state is distinct from 'completed'),
-                       g.has_followers,
-                       f.state is distinct from 'completed' and coalesce(g.on_failure, 'fail-parent') = 'fail-parent',
-                       f.state is null or f.state <> 'completed' and coalesce(g.on_failure = 'remove', false)
-                                          and g.parent_id is not null,
-                       coalesce(g.name, g.task_identifier), f.state, coalesce(f.error, format('job %s was removed', g.id)),
-                       f.error, f.cause_id)::pgworker.ended)
-  into v_ended
-  from gone g
-  left join lateral (
-    select o.state, o.cause_id,
-           case when o.state = 'completed' then format('job %s was completed', o.id) else o.last_error end as error
-    from pgworker.finished o where o.id = g.id offset 0) as f on true
-  where g.root_id is not null and not g.settled;
-  perform pgworker.settle_ended(v_ended);
   return null;
 end
 $$;
 comment on function pgworker.settle() is
-  'Internal: trigger function of table job: jobs have left it, and others in their trees may have waited for them.';
+  'Internal: trigger function of table job: jobs have left it, and others in their trees, in their queues or under the '
+  'limits of their tasks may have waited for them.';
 
 create trigger settle after delete on pgworker.job
 referencing old table as gone for each statement execute function pgworker.settle();

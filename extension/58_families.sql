@@ -120,14 +120,19 @@ begin
     union all
     select v.* from pgworker.jobs v where v_root is null and v.id = job_tree.job_id
   ), placed as (
-    -- Whose parent is gone, or who has none, is at the top.
+    -- Whose parent is gone, or who has none, is at the top. From there on by index: to look among all nodes for those of
+    -- each level would take levels times nodes.
     select n.id, array[n.id] as place, coalesce(n.name, n.task_identifier) as path
     from node n
     where n.parent_id is null or not exists (select from node p where p.id = n.parent_id)
     union all
-    select n.id, p.place || n.id, p.path || '/' || coalesce(n.name, n.task_identifier)
+    select c.id, p.place || c.id, p.path || '/' || coalesce(c.name, c.task_identifier)
     from placed p
-    join node n on n.parent_id = p.id
+    cross join lateral (
+      select j.id, j.name, j.task_identifier from pgworker.job j where j.root_id = v_root and j.parent_id = p.id
+      union all
+      select f.id, f.name, f.task_identifier from pgworker.finished f where f.root_id = v_root and f.parent_id = p.id
+      offset 0) as c
   )
   select cardinality(p.place) - 1, p.path, n.id, n.task_identifier, n.queue_name, n.state, n.payload, n.priority, n.run_at,
          n.attempts, n.max_attempts, n.last_error, n.key, n.revision, n.flags, n.parent_id, n.root_id, n.name,

@@ -128,9 +128,15 @@ begin
     select c.root_id from pgworker.compensation c where c.root_id = any (p_roots) group by c.root_id order by c.root_id
   loop
     v_held := array(select c.node_id from pgworker.compensation c where c.root_id = v_root for update skip locked);
-    continue when exists (select from pgworker.compensation c where c.root_id = v_root and c.job_id is not null)
-               or not exists (select from pgworker.finished f
-                              where f.id = v_root and f.state in ('failed', 'cancelled'));
+    continue when exists (select from pgworker.compensation c where c.root_id = v_root and c.job_id is not null);
+    if not exists (select from pgworker.finished f where f.id = v_root and f.state in ('failed', 'cancelled')) then
+      -- Live, or completed. Somebody may be ending it who did not see all of its compensations.
+      if exists (select from pgworker.job j where j.id = v_root)
+         and not exists (select from pgworker.job j where j.id = v_root for key share skip locked) then
+        perform pgworker.postpone(array[v_root], 'compensate');
+      end if;
+      continue;
+    end if;
     if cardinality(v_held) < (select count(*) from pgworker.compensation c where c.root_id = v_root)
        or exists (select from pgworker.job j where j.root_id = v_root) then
       perform pgworker.postpone(array[v_root], 'compensate');

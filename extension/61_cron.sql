@@ -18,6 +18,8 @@
 -- whose local time matches, so an hour that comes twice is run twice and one that is left out is not. Any other hour
 -- field means times of the calendar, each once: of two the first, and one that is left out at the moment when the clocks
 -- are put forward. That is the rule of Debian's cron, except that here the minute field has no say in it.
+-- Names are compared in the collation C, and digits are written as [0-9]: in a Turkish database upper('fri') is no FRI, and
+-- \d knows digits of which PostgreSQL makes no numbers.
 -- Nothing here reads a table or takes a lock.
 
 create type pgworker.cron_fields as (
@@ -53,7 +55,7 @@ declare
   v_value int;
 begin
   foreach v_item in array string_to_array(p_text, ',') loop
-    v_parts := regexp_match(v_item, '^(?:(\*)|(\w+)(?:-(\w+))?)(?:/(\d{1,4}))?$');
+    v_parts := regexp_match(v_item, '^(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,4}))?$');
     if v_parts is null then
       perform pgworker.refuse_cron(p_cron, format('%s is not understood: %s', p_field, quote_literal(left(p_text, 200))),
                                    'A field is *, a value, a range a-b, a step */n or a-b/n, or a list of them.');
@@ -61,8 +63,8 @@ begin
     v_ends := array[]::int[];
     foreach v_end in array v_parts[2:3] loop
       continue when v_end is null;
-      v_value := array_position(p_names, upper(v_end)) - 1 + p_low;
-      if v_value is null and v_end ~ '^\d{1,4}$' then
+      v_value := array_position(p_names, upper(v_end collate "C")) - 1 + p_low;
+      if v_value is null and v_end ~ '^[0-9]{1,4}$' then
         v_value := v_end::int;
       end if;
       if v_value not between p_low and p_high + (p_field = 'weekday')::int or v_value is null then
@@ -81,7 +83,7 @@ begin
     elsif cardinality(v_ends) = 1 then
       if v_parts[4] is not null then
         perform pgworker.refuse_cron(p_cron, format('%s has a step without a range: %s', p_field, quote_literal(v_item)),
-                                     format('Write %s-%s/%s.', v_parts[2], p_high, v_parts[4]));
+                                     format('Write %s-%s/%s.', v_parts[2], greatest(p_high, v_ends[1]), v_parts[4]));
       end if;
       v_ends := v_ends || v_ends;
     elsif p_field = 'weekday' and v_ends[2] = 0 and v_ends[1] > 0 then
@@ -120,7 +122,7 @@ begin
       hint = 'Write five fields, minute hour date month weekday, for example ''0 8 * * mon-fri''.';
   end if;
   if starts_with(v_parts[1], '@') then
-    v_parts := string_to_array(case lower(array_to_string(v_parts, ' '))
+    v_parts := string_to_array(case lower(array_to_string(v_parts, ' ') collate "C")
       when '@yearly' then '0 0 1 1 *' when '@annually' then '0 0 1 1 *' when '@monthly' then '0 0 1 * *'
       when '@weekly' then '0 0 * * 0' when '@daily' then '0 0 * * *' when '@midnight' then '0 0 * * *'
       when '@hourly' then '0 * * * *' end, ' ');
@@ -155,7 +157,8 @@ comment on function pgworker.read_cron(text) is
   'Internal: a cron expression as masks; raises 22023 that says what is wrong with it, 22004 for null.';
 
 -- A zone is a name of the IANA database that PostgreSQL reads as one. Without a test it would take 'Foo/Bar5' for a POSIX
--- rule, which always has a digit, and CET for the fixed offset that the abbreviation stands for, summer or not.
+-- rule, which always has a digit, and CET for the fixed offset that the abbreviation stands for, summer or not; and the
+-- zones below right/ count leap seconds, so that no minute of theirs is one of PostgreSQL's (which does not list them).
 create function pgworker.check_timezone(p_timezone text) returns void
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
@@ -171,11 +174,11 @@ begin
   exception when invalid_parameter_value then
     v_known := false;
   end;
-  if p_timezone ~ '\d' and v_known then
+  if p_timezone ~* '\d|^right/' and v_known then
     v_known := exists (select from pg_catalog.pg_timezone_names n where lower(n.name) = lower(p_timezone));
   end if;
-  if v_known and lower(p_timezone) not in ('utc', 'gmt', 'uct', 'zulu') then
-    v_known := not exists (select from pg_catalog.pg_timezone_abbrevs a where a.abbrev = upper(p_timezone));
+  if v_known and lower(p_timezone collate "C") not in ('utc', 'gmt', 'uct', 'zulu') then
+    v_known := not exists (select from pg_catalog.pg_timezone_abbrevs a where a.abbrev = upper(p_timezone collate "C"));
   end if;
   if not v_known then
     raise exception using errcode = '22023',

@@ -250,8 +250,8 @@ begin
     from regexp_matches(replace(substr(v_pair, length(v_option) + 2), '+', ' '), '%[0-9A-Fa-f]{2}|.', 'g')
       with ordinality as m(part, n);
     if v_value is null
-       or v_option in ('max', 'priority') and v_value !~ '^-?\d{1,9}$'
-       or v_option = 'fill' and v_value !~ '^(\d{1,6}[wdhms])+$' then
+       or v_option in ('max', 'priority') and v_value !~ '^-?[0-9]{1,9}$'
+       or v_option = 'fill' and v_value !~ '^([0-9]{1,6}[wdhms]){1,9}$' then
       raise exception using errcode = '22023',
         message = format('option %s must have a value of its kind, got %s', quote_literal(left(v_option, 200)),
                          quote_literal(left(coalesce(v_value, ''), 200))),
@@ -262,7 +262,7 @@ begin
       when 'fill' then
         select sum((m.part[1] || case m.part[2] when 'w' then ' weeks' when 'd' then ' days' when 'h' then ' hours'
                                                when 'm' then ' minutes' else ' seconds' end)::interval)
-        into v_fill from regexp_matches(v_value, '(\d+)(.)', 'g') as m(part);
+        into v_fill from regexp_matches(v_value, '([0-9]+)(.)', 'g') as m(part);
       when 'max' then v_max := v_value::int;
       when 'queue' then v_queue := v_value;
       when 'priority' then v_priority := v_value::int;
@@ -309,7 +309,7 @@ begin
         raise exception using errcode = '22023', message = format('schedule %s is there twice', quote_literal(v_name)),
           hint = 'Give one of them another name with ?id=NAME; without it a schedule is called like its task.';
       end if;
-    exception when data_exception then
+    exception when data_exception or program_limit_exceeded then
       get stacked diagnostics v_state = returned_sqlstate, v_says = message_text, v_hint = pg_exception_hint;
       raise exception using errcode = '22023', message = format('crontab line %s: %s', v_line.n, v_says),
         hint = case v_state when '22023' then v_hint when '22021' then 'Values of options are UTF-8, as in a URL.'
@@ -391,7 +391,8 @@ begin
   for v_name in
     select s.name from pgworker.schedule s
     where s.due_at <= p_now and not s.paused
-    order by s.due_at limit 1000 for update skip locked
+    -- What is behind with its ticks is due again at once: after those that are due at that moment for the first time.
+    order by s.due_at, s.next_tick desc limit 1000 for update skip locked
   loop
     -- In a block of its own, so that one that cannot be run does not keep the others from it.
     begin

@@ -29,6 +29,7 @@ from tests.connections import Connections
 from tests.coverage_plpgsql import PlpgsqlCoverage
 from tests.faults import table
 from tests.faults.trial import Outcome
+from tests.invariants import assert_consistent
 
 hypothesis.settings.register_profile("pgworker", deadline=None)  # no test fails because the machine is slow
 hypothesis.settings.load_profile("pgworker")
@@ -247,3 +248,14 @@ def tx(_shared: psycopg.Connection[Any]) -> Iterator[psycopg.Connection[Any]]:
     """A connection in a transaction that is rolled back after the test: for whatever needs no commit; a millisecond."""
     with _shared.transaction(force_rollback=True):
         yield _shared
+
+
+@pytest.fixture
+def consistent_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test does in `tx` or `db`, every counter, state and link agrees afterwards."""
+    # Asked for before the test, so that it is torn down after the look: a rolled back tree has nothing wrong with it.
+    name = next((name for name in ("tx", "db") if name in request.fixturenames), None)
+    conn = request.getfixturevalue(name) if name else None
+    yield
+    if conn is not None and not conn.closed:
+        assert_consistent(conn)

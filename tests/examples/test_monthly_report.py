@@ -18,6 +18,8 @@ from tests.examples.commands import commands, run
 
 Db = psycopg.Connection[Any]
 
+pytestmark = pytest.mark.usefixtures("consistent_afterwards")
+
 
 @pytest.fixture
 def rates() -> Iterator[str]:

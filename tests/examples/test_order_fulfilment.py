@@ -17,6 +17,8 @@ from tests.examples.commands import commands, run
 
 Db = psycopg.Connection[Any]
 
+pytestmark = pytest.mark.usefixtures("consistent_afterwards")
+
 _RAN = "select task_identifier, state from pgworker.jobs where state <> 'cancelled' order by finished_at, id"
 _SHOP = """
 select (select available from order_fulfilment.stock where item = 'lamp'),

@@ -137,6 +137,18 @@ def test_a_failed_job_that_is_completed_by_hand_is_kept_like_a_completed_one(tx:
         assert kept_for(tx, job) == length
 
 
+def test_what_is_over_goes_in_small_batches_and_maintain_wants_to_come_again(db: Conn) -> None:
+    ids = values(db, "select id from pgworker.add_jobs((select jsonb_agg(%s::jsonb) from generate_series(1, 2500)))",
+                 '{"identifier": "t"}')  # fmt: skip
+    call(db, "permanently_fail_jobs", ids)
+    move_clock(db, value(db, "select (now() + interval '31 days')::text"))
+    left, again = [], []
+    for _ in range(4):
+        again.append(value(db, "select pgworker.maintain() < '100 milliseconds'"))
+        left.append(value(db, "select count(*) from pgworker.jobs"))
+    assert (left, again) == ([1500, 500, 0, 0], [True, True, False, False])
+
+
 def test_a_batch_is_ended_the_same_whether_it_is_kept_or_not(db: Conn) -> None:
     def outcomes() -> list[tuple[int, str]]:
         worker, other = register(db), register(db)

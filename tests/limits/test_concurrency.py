@@ -79,6 +79,17 @@ def test_however_a_run_ends_the_next_may_start_at_once(tx: Conn, ending: str, ke
     assert_consistent(tx)
 
 
+def test_a_run_that_the_owner_deleted_does_not_keep_its_place_for_ever(tx: Conn) -> None:
+    call(tx, "configure_task", "a", max_concurrency=2, max_concurrency_per_key=2)
+    worker = register(tx)
+    first, second, third = many(tx, 3, limit_key="k")
+    assert claim_ids(tx, worker, 5) == [first, second]
+    tx.execute("delete from pgworker.job where id = %s", [first])
+    call(tx, "maintain")
+    assert claim_ids(tx, worker, 5) == [third]
+    assert_consistent(tx)
+
+
 def test_a_run_that_waits_for_its_children_gives_its_place_up(tx: Conn) -> None:
     call(tx, "configure_task", "a", max_concurrency=1)
     worker = register(tx)

@@ -204,6 +204,35 @@ def test_an_interval_may_be_of_any_unit(tx: Conn, interval: str) -> None:
     assert [job["id"] for job in claim(tx, worker, 10)] == ids[1:]
 
 
+def test_a_rate_that_was_used_by_a_clock_that_was_ahead_can_be_set_anew(tx: Conn) -> None:
+    at(tx, 1_000_000)
+    call(tx, "configure_task", "a", rate_limit=1, rate_interval="10 seconds")
+    worker = register(tx)
+    ids = many(tx, 2, run_at="2020-01-01")
+    assert claim_ids(tx, worker, 10) == ids[:1]
+    at(tx, 0)
+    assert claim_ids(tx, worker, 10) == []
+    call(tx, "configure_task", "a", reset=["rate_limit"])
+    call(tx, "configure_task", "a", rate_limit=1, rate_interval="10 seconds")
+    assert claim_ids(tx, worker, 10) == ids[1:]
+
+
+def test_a_day_is_as_long_where_clocks_are_put_forward(tx: Conn) -> None:
+    tx.execute("set timezone = 'Europe/Berlin'")
+    move_clock(tx, "2026-03-28 12:00:00+00")
+    call(tx, "configure_task", "a", rate_limit=1, rate_interval="1 day")
+    worker = register(tx)
+    ids = many(tx, 3)
+    assert claim_ids(tx, worker, 10) == ids[:1]
+    move_clock(tx, "2026-03-29 11:30:00+00")
+    assert claim_ids(tx, worker, 10) == []
+    call(tx, "configure_task", "a", rate_interval="2 days")
+    move_clock(tx, "2026-03-30 11:30:00+00")
+    assert claim_ids(tx, worker, 10) == []
+    move_clock(tx, "2026-03-30 12:00:00+00")
+    assert claim_ids(tx, worker, 10) == ids[1:2]
+
+
 def test_a_worker_of_another_session_finds_what_a_rate_lets_through_again(db: Conn, connect: Connections) -> None:
     at(db, 0)
     call(db, "configure_task", "a", rate_limit=1, rate_interval="10 seconds")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.calling import Conn, value
-from tests.plans.explained import buffers
+from tests.plans.explained import Explained, buffers, nodes
 from tests.trees.planting import deep
 
 
@@ -31,3 +31,37 @@ def test_the_work_grows_with_the_levels_and_not_with_their_square(db: Conn, end:
     few = _pages_for(db, 60, end)
     many = _pages_for(db, 480, end)
     assert many < 2 * 8 * few, (few, many)
+
+
+def _rows_for(explained: Explained, conn: Conn, levels: int, width: int, query: str) -> float:
+    """How many rows all statements handle, those in functions too, for a tree of that many levels of that many jobs."""
+    leaves = ', {"identifier": "leaf"}' * (width - 1)
+    tree = '{"identifier": "inner"}'
+    for _ in range(levels - 1):
+        tree = f'{{"identifier": "inner", "children": [{tree}{leaves}]}}'
+    root = value(conn, "select id from pgworker.add_job_tree(%s::jsonb)", tree)
+    explained.forget()
+    conn.execute(query.format(root=root).encode())
+    rows: float = sum(
+        (part["Actual Rows"] + part.get("Rows Removed by Filter", 0)) * part["Actual Loops"]
+        for _, plan in explained.plans
+        for part in nodes(plan)
+    )
+    conn.execute("delete from pgworker.job")
+    return rows
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select count(*) from pgworker.cancel_jobs(array[{root}::bigint])",
+        "delete from pgworker.job where root_id = {root}",
+        "select count(*) from pgworker.job_tree({root})",
+    ],
+    ids=["cancel", "delete", "job_tree"],
+)
+def test_a_tree_costs_the_same_whether_it_is_wide_or_deep(db: Conn, query: str) -> None:
+    explained = Explained(db)
+    wide = _rows_for(explained, db, 10, 100, query)
+    deep = _rows_for(explained, db, 100, 10, query)
+    assert deep < 3 * wide, (deep, wide)

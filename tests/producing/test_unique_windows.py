@@ -82,9 +82,27 @@ def test_after_the_window_the_live_job_with_that_key_is_met_as_ever(tx: Conn, qu
     if state in ("running", "stopping"):
         assert (met["id"] > job, met["payload"], seen(tx, job)["key"]) == (True, [2], None)
         assert (seen(tx, job)["unique_until"], str(met["unique_until"])) == (None, "2030-01-01 13:01:00+00:00")
-    else:  # the window is counted from the first add
+    else:  # the job is the old one, its window a new one
         assert (met["id"], met["payload"], met["revision"]) == (job, [1, 2], 1)
-        assert str(met["unique_until"]) == "2030-01-01 13:00:00+00:00"
+        assert str(met["created_at"]) == "2030-01-01 12:00:00+00:00"
+        assert str(met["unique_until"]) == "2030-01-01 13:01:00+00:00"
+
+
+@WAYS
+@pytest.mark.parametrize("window", ["1 hour", None])
+def test_a_window_is_not_over_before_it_begins(tx: Conn, query: str, window: str | None) -> None:
+    """A job may wait for longer than the window: who then asks for one still gets it, and not two runs within it."""
+    move_clock(tx, NOON)
+    job = first(tx, unique_for=window, run_at="2030-01-01 12:00:00+00")
+    move_clock(tx, "2030-01-01 14:00:00+00")
+    assert again(tx, query)["id"] == job["id"]
+    worker = register(tx)
+    assert claim_ids(tx, worker) == [job["id"]]
+    call(tx, "complete_job", worker, job["id"])
+    move_clock(tx, "2030-01-01 14:59:00+00")
+    assert again(tx, query)["id"] == job["id"]
+    move_clock(tx, "2030-01-01 15:00:00+00")
+    assert again(tx, query)["id"] > job["id"]
 
 
 @pytest.mark.parametrize("state", ["ready", "running", "completed", "failed"])

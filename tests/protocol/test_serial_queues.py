@@ -70,6 +70,7 @@ ENDINGS = {
     "release_jobs": "select pgworker.release_jobs(%(worker)s, array[%(job)s::bigint])",
     "unregister_worker": "select pgworker.unregister_worker(%(worker)s)",
     "force_unlock_workers": "select count(*) from pgworker.force_unlock_workers(array[%(worker)s::bigint])",
+    "deleted by its owner": "delete from pgworker.job where id = %(job)s",
 }
 
 

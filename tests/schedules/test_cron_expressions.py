@@ -85,6 +85,7 @@ def test_29_february_over_centuries(tx: Conn) -> None:
         ("50-10 * * * *", "minute has a range that ends before it begins: '50-10'", "two ranges"),
         ("* * * * sat-mon", "weekday has a range that ends before it begins: 'sat-mon'", ""),
         ("5/15 * * * *", "minute has a step without a range: '5/15'", "Write 5-59/15."),
+        ("0 0 * * 7/1", "weekday has a step without a range: '7/1'", "Write 7-7/1."),
         ("*/0 * * * *", "minute must have a step of 1 to 59, got 0", ""),
         ("*/90 * * * *", "minute must have a step of 1 to 59, got 90", "within the field"),
         ("* 1-20/24 * * *", "hour must have a step of 1 to 23, got 24", ""),
@@ -103,7 +104,9 @@ def test_what_is_no_expression_is_refused_and_named(tx: Conn, cron: str, says: s
             call(tx, function, *(("name",) if more else ()), cron, *more)
 
 
-@pytest.mark.parametrize("zone", ["Mars/Base", "", "CEST", "CET", "Foo/Bar5", "+02", "UTC+2", "Europe/Berlin2"])
+@pytest.mark.parametrize(
+    "zone", ["Mars/Base", "", "CEST", "CET", "Foo/Bar5", "+02", "UTC+2", "Europe/Berlin2", "right/UTC"]
+)
 def test_what_is_no_zone_is_refused(tx: Conn, zone: str) -> None:
     with refused(tx, "22023", f"timezone '{zone}'", hint="Europe/Berlin"):
         call(tx, "cron_next", "@daily", timezone=zone)
@@ -120,6 +123,20 @@ def test_zones_of_the_database_are_taken_by_any_case(tx: Conn) -> None:
     ]:  # fmt: skip
         found = value(tx, "select pgworker.cron_next('0 8 * * *', %s, %s) at time zone 'UTC'", at, zone)
         assert str(found)[:16] == expected, zone
+
+
+def test_names_are_read_alike_in_every_language(tx: Conn) -> None:
+    """In a Turkish database the capital of i is not I, and there are digits that are no numbers to PostgreSQL."""
+    if not value(tx, "select exists (select from pg_collation where collname = 'tr-x-icu')"):
+        pytest.skip("this PostgreSQL is built without ICU")
+    turkish = """select pgworker.cron_next(%s collate "tr-x-icu", '2026-05-14 12:30+00', %s collate "tr-x-icu")"""
+    assert str(value(tx, turkish, "0 0 * * fri", "UTC")) == "2026-05-15 00:00:00+00:00"
+    assert str(value(tx, turkish, "@MIDNIGHT", "europe/istanbul")) == "2026-05-14 21:00:00+00:00"
+    with refused(tx, "22023", "timezone 'ist'"):
+        value(tx, turkish, "@daily", "ist")
+    for cron in ("\u0663 * * * *", "*/\u0663 * * * *"):
+        with refused(tx, "22023", f"cron '{cron}': minute"):
+            value(tx, turkish, cron, "UTC")
 
 
 def test_nulls_and_what_is_left_out_mean_the_defaults(tx: Conn) -> None:

@@ -118,6 +118,8 @@ def test_a_crontab_does_not_replace_a_schedule_that_was_made_by_hand(tx: Conn) -
         ("* * * * * t ?priority=1.5", "option 'priority' must have", ""),
         ("* * * * * t ?fill=4y", "option 'fill' must have a value of its kind, got '4y'", ""),
         ("* * * * * t ?fill=1000w", "backfill must be 0 to 10 years", ""),
+        ("* * * * * t ?fill=" + "999999w" * 400, "option 'fill' must have a value of its kind", "4w3d2h1m"),
+        ("* * * * * t " + '{"a":' * 20000, "stack depth limit exceeded", "The payload is JSON"),
         ("* * * * * t ?tz=UTC", "option 'tz' is unknown", "timezone"),
         ("* * * * * t ?timezone=CET", "timezone 'CET'", "Europe/Berlin"),
         ("* * * * * t ?jobKeyMode=x&jobKey=k", "job_key_mode must be one of", ""),

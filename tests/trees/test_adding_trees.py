@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.calling import (
@@ -24,7 +25,9 @@ from tests.calling import (
     values,
 )
 from tests.clock import move_clock
+from tests.connections import Connections
 from tests.lifecycle import bring
+from tests.sessions import Background
 from tests.trees.planting import complete, deep, node, only, plant, states, stored
 
 
@@ -245,6 +248,25 @@ def test_a_cycle_is_refused_by_naming_it_and_nothing_that_leads_there(tx: Conn) 
     assert len(around) == 4
 
 
+@pytest.mark.parametrize("count", [19, 20, 21, 22, 3000])
+def test_what_is_said_of_thousands_of_siblings_can_be_read(tx: Conn, count: int) -> None:
+    ring = [node(f"n{n}", after=[f"n{(n + 1) % count}"]) for n in range(count)]
+    with pytest.raises(psycopg.Error, match="waits for itself") as caught, tx.transaction():
+        put(tx, node("root", *ring))
+    around = str(caught.value.diag.message_primary).partition(": ")[2].split(" after ")
+    assert around[0] == around[-1]
+    more = [int(part.removesuffix(" more")) for part in around if part.endswith(" more")]
+    assert len(around) - len(more) + sum(more) == count + 1
+    assert len(around) <= 22
+
+    row = [node(f"n{n}") for n in range(count)]
+    with pytest.raises(psycopg.Error, match="names 'nobody'") as caught, tx.transaction():
+        put(tx, node("root", *row, node("last", after=["nobody"])))
+    hint = str(caught.value.diag.message_hint)
+    assert hint.count("'n") == min(count, 20)
+    assert hint.endswith(f" and {count - 20} more." if count > 20 else f"'n{count - 1}'.")
+
+
 def test_later_siblings_may_be_waited_for_as_long_as_there_is_no_cycle(tx: Conn) -> None:
     ids = plant(tx, node("root", node("c", after=["b"]), node("b", after=["a"]), node("a")))
     for name in ("a", "b", "c", "root"):
@@ -262,6 +284,26 @@ def test_a_key_of_a_live_job_is_refused_and_that_job_is_left_alone(tx: Conn) -> 
         put(tx, tree)
     with refused(tx, "PW003", "tree.job_key 'k' is taken"):
         put(tx, node("root", job_key="k"))
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_two_who_add_trees_with_the_same_keys_do_not_deadlock_and_one_is_refused(
+    db: Conn, connect: Connections, commits: bool
+) -> None:
+    """pgflow #477: concurrent compile race. The keys stand in the opposite order in the other tree."""
+    here, there = connect(), connect()
+    keys = [node("x", job_key="x"), node("y", job_key="y")]
+    text = json.dumps(node("root", *reversed(keys)))
+    with here.transaction(force_rollback=not commits):
+        put(here, node("root", *keys))
+        other = Background(there, "select id from pgworker.add_job_tree(%s)", text)
+        other.wait_until_blocked(db)
+    if commits:
+        with pytest.raises(psycopg.Error, match=r"job_key '[xy]' is taken by job"):
+            other.result()
+    else:
+        assert len(other.result()) == 1
+    assert stored(db)[0] == 3
 
 
 def test_a_key_of_a_finished_job_is_free(tx: Conn) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.calling import Conn, call, claim_ids, refused, register, row, rows, seen, state, value, values
+from tests.invariants import assert_consistent
 from tests.trees.planting import BADLY, complete, fail, grow, named, node, only, plant, start, states
 from tests.trees.undoing import chain, compensations, settle, undoable, undoes, work
 
@@ -267,6 +268,17 @@ def test_a_root_is_never_undone_itself(tx: Conn) -> None:
         ids = plant(tx, undoable("lonely"))
         assert work(tx, failing) == ["lonely"]
         assert undoes(tx, ids["lonely"]) == []
+
+
+def test_a_root_that_completes_although_it_was_to_stop_is_undone(tx: Conn) -> None:
+    """What undoes it is then the only child that it ever has."""
+    ids = plant(tx, undoable("lonely"))
+    worker = start(tx, ids["lonely"])
+    call(tx, "cancel_jobs", [ids["lonely"]])
+    call(tx, "complete_job", worker, ids["lonely"])
+    assert state(tx, ids["lonely"]) == "cancelled"
+    assert_consistent(tx)
+    assert work(tx) == ["undo-lonely"]
 
 
 def test_a_parent_is_undone_before_its_children(tx: Conn) -> None:

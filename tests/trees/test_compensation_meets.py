@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import psycopg
@@ -11,7 +12,7 @@ from tests.calling import Conn, call, register, rows, state, value, values
 from tests.connections import Connections
 from tests.invariants import violations
 from tests.sessions import Background
-from tests.trees.planting import complete, fail, leftovers, node, only, plant, start, states
+from tests.trees.planting import complete, fail, leftovers, named, node, only, plant, start, states
 from tests.trees.undoing import chain, compensations, settle, undoable, undoes, work
 
 
@@ -219,6 +220,33 @@ def test_children_that_are_added_to_a_tree_that_is_removed_leave_nothing(
     assert values(db, "select id from pgworker.jobs") == []
     assert value(db, "select count(*) from pgworker.compensation") == 0
     assert violations(db) == []
+
+
+@pytest.mark.parametrize("when", ["before", "while", "uncommitted"])
+def test_children_that_are_added_to_a_tree_that_fails_are_undone(db: Conn, connect: Connections, when: str) -> None:
+    """Who makes it fail cannot see yet that there is something to be undone in it."""
+    ids = plant(db, node("order", node("a", on_failure="ignore"), node("c", max_attempts=1)))
+    worker = start(db, ids["a"])
+    failing = start(db, ids["c"])
+    adding, other = connect(autocommit=False), connect(autocommit=False)
+    fails = (failing, ids["c"], "broken")
+    if when == "before":
+        call(db, "fail_job", *fails)
+    call(adding, "add_children", worker, ids["a"], json.dumps([undoable("b")]))
+    if when != "before":
+        call(other, "fail_job", *fails)
+    if when == "while":
+        other.commit()
+    adding.commit()
+    complete(db, named(db, ids["order"])["b"])
+    settle(db)
+    other.commit()
+    assert state(db, ids["order"]) == "failed"
+    call(db, "complete_job", worker, ids["a"])
+    settle(db)
+    assert violations(db) == []
+    assert undoes(db, ids["order"]) == ["undo-b"]
+    assert work(db) == ["undo-b"]
 
 
 def test_a_removed_subtree_is_not_forgotten_before_what_it_did_is_remembered(db: Conn, connect: Connections) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.calling import Conn, call, claim_ids, register, seen, state, value
@@ -172,6 +174,23 @@ def test_a_failed_attempt_that_is_retried_says_nothing_to_the_parent(tx: Conn, p
     assert state(tx, ids["root"]) == "ready"
 
 
+@pytest.mark.parametrize("how", ["release_jobs", "unregister_worker", "force_unlock_workers"])
+def test_a_run_that_is_given_back_says_nothing_to_the_parent(tx: Conn, how: str) -> None:
+    """sidekiq #6889: an interrupted job was taken for a finished one."""
+    ids = plant(tx, node("root", node("a"), node("b")))
+    complete(tx, ids["b"])
+    worker = start(tx, ids["a"])
+    arguments: dict[str, list[Any]] = {
+        "release_jobs": [worker, [ids["a"]]],
+        "unregister_worker": [worker],
+        "force_unlock_workers": [[worker]],
+    }
+    call(tx, how, *arguments[how])
+    assert only(states(tx, ids), "root", "a") == ["waiting", "ready"]
+    complete(tx, ids["a"])
+    assert state(tx, ids["root"]) == "ready"
+
+
 @pytest.mark.parametrize("how", ["failed", "cancel_jobs"])
 def test_what_runs_when_its_parent_fails_is_asked_to_stop_and_ends_as_cancelled(tx: Conn, how: str) -> None:
     """hatchet #2865: cancel not propagated cleanly, success sent after it; pgflow #609."""
@@ -221,6 +240,14 @@ def test_deleting_a_whole_tree_leaves_nothing_of_it(tx: Conn) -> None:
     complete(tx, ids["x7"])
     tx.execute("delete from pgworker.job where root_id = %s", [ids["root"]])
     assert stored(tx) == [0, 0, 0, 0, 0]
+
+
+def test_a_sibling_that_is_deleted_while_it_runs_leaves_its_queue_to_the_others(tx: Conn) -> None:
+    ids = plant(tx, node("root", *[node(name, queue_name="q", on_failure="ignore") for name in ("a", "b")]))
+    start(tx, ids["a"])
+    tx.execute("delete from pgworker.job where id = %s", [ids["a"]])
+    complete(tx, ids["b"])
+    assert state(tx, ids["root"]) == "ready"
 
 
 def test_deleting_parts_on_several_levels_at_once_fails_what_is_left_of_the_ancestors(tx: Conn) -> None:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.calling import Conn, add, call, claim_ids, register, seen, state
+from tests.calling import Conn, add, call, claim_ids, refused, register, seen, state
 from tests.trees.planting import node, plant
 
 
@@ -50,3 +50,18 @@ def test_children_reported_at_once_release_or_fail_their_parent_once(
     else:
         assert {one["outcome"] for one in told} == {"completed"}
         assert [state(tx, ids[name]) for name in ("mid", "root")] == ["ready", "waiting"]
+
+
+def test_a_child_that_is_reported_twice_is_counted_once(tx: Conn) -> None:
+    """celery #7692, sidekiq #6852: the same end, told again."""
+    ids = plant(tx, node("root", node("a"), node("b")))
+    worker = register(tx)
+    assert claim_ids(tx, worker, 2) == [ids["a"], ids["b"]]
+    for outcome in ("completed", "lost", "lost"):
+        told = call(tx, "finish_jobs", worker, [ids["a"], ids["a"]], None, None, None)
+        assert {one["outcome"] for one in told} == {outcome}
+        assert state(tx, ids["root"]) == "waiting"
+    with refused(tx, "PW001", f"job {ids['a']} is not held by worker {worker}"):
+        call(tx, "complete_job", worker, ids["a"])
+    call(tx, "finish_jobs", worker, [ids["a"], ids["b"]], None, [ids["b"]], ["and failed"])
+    assert [state(tx, ids[name]) for name in ("root", "b")] == ["ready", "completed"]
