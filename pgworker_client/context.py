@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar, Unpack
 
@@ -137,7 +137,7 @@ class Context:
         async with self._around.connections.for_coroutine(autocommit=True) as conn:
             return await get_failed_children_values(conn, self._row[ID])
 
-    async def add_children(self, nodes: Sequence[NodeLike]) -> list[JobRow]:
+    async def add_children(self, nodes: Iterable[NodeLike]) -> list[JobRow]:
         """Add children to this job (`Node` or dicts), committed at once, and return them in the order given.
 
         They are there too when this attempt fails afterwards: look at `children` before adding them once more. Raises
@@ -293,7 +293,7 @@ class BlockingContext:
         with self._around.connections.for_thread(autocommit=True) as conn:
             return get_failed_children_values(conn, self.job.id)
 
-    def add_children(self, nodes: Sequence[NodeLike]) -> list[JobRow]:
+    def add_children(self, nodes: Iterable[NodeLike]) -> list[JobRow]:
         """Add children to this job, committed at once; see `Context.add_children`."""
         holder = self._async.holder()
         with self._around.connections.for_thread(autocommit=True) as conn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pgworker_client.claiming import Claimer
@@ -208,7 +208,7 @@ class Engine:
         await asyncio.wait((claiming,), timeout=_LAST_WAIT)
         self._give_back_unstarted()
         feed.close()
-        runners = {runner.task for runner in self._runners if runner.task is not None}
+        runners = {runner.over for runner in self._runners if runner.task is not None}
         await self._wait_unless_interrupted(runners)
         if any(runner.current is not None for runner in self._runners):
             self._log.warning("cancelling %d jobs that still run; they go back", len(self._running()))
@@ -229,11 +229,11 @@ class Engine:
                 task.cancel()
             await asyncio.wait((claiming, finishing))
 
-    async def _wait_unless_interrupted(self, tasks: set[asyncio.Task[None]]) -> None:
-        """Wait until the tasks are done, at most for the grace, and no longer than until the second stop."""
+    async def _wait_unless_interrupted(self, futures: Iterable[asyncio.Future[None]]) -> None:
+        """Wait until these are done, at most for the grace, and no longer than until the second stop."""
         hurry = asyncio.create_task(self._interrupting.wait())
         deadline = asyncio.get_running_loop().time() + self._settings.grace
-        waiting: set[asyncio.Task[Any]] = set(tasks)
+        waiting: set[asyncio.Future[Any]] = set(futures)
         while waiting and not hurry.done():
             left = deadline - asyncio.get_running_loop().time()
             done, _ = await asyncio.wait({*waiting, hurry}, timeout=left, return_when=asyncio.FIRST_COMPLETED)

@@ -11,6 +11,7 @@ import psycopg
 from psycopg.rows import tuple_row
 
 from pgworker_client.database import NOTICE, Database
+from pgworker_client.silence import unread
 
 SyncConnection = psycopg.Connection[tuple[Any, ...]]
 AsyncConnection = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -21,7 +22,8 @@ _FORGET = (
     "close all; set session authorization default; reset all; unlisten *; "
     "select pg_advisory_unlock_all(); discard sequences; discard temp; " + NOTICE
 )
-#: Seconds after which a kept connection is tried before a handler gets it: the server may have been restarted since.
+#: Seconds after which a kept connection is tried before a handler gets it: it may have been lost in silence since. A
+#: server that ends sessions says so, which is seen at once.
 _FRESH = 1.0
 
 
@@ -90,7 +92,7 @@ class HandlerConnections:
     async def _async_connection(self) -> AsyncConnection:
         while self._async:
             since, kept = self._async.pop()
-            if time.monotonic() - since < _FRESH:
+            if _fresh(kept, since):
                 return kept
             try:
                 await kept.execute("select")
@@ -102,7 +104,7 @@ class HandlerConnections:
     def _sync_connection(self) -> SyncConnection:
         while self._sync:
             since, kept = self._sync.pop()
-            if time.monotonic() - since < _FRESH:
+            if _fresh(kept, since):
                 return kept
             try:
                 kept.execute("select")
@@ -110,3 +112,7 @@ class HandlerConnections:
             except psycopg.Error:
                 kept.close()
         return self._database.connect_blocking()
+
+
+def _fresh(conn: SyncConnection | AsyncConnection, since: float) -> bool:
+    return time.monotonic() - since < _FRESH and not unread(conn)

@@ -5,7 +5,7 @@ Nothing is checked here that the database checks: it names the place, such as ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, Unpack
 
 from pgworker_client.enqueue import JobOptions, plain_spec, refuse_unknown
@@ -41,22 +41,19 @@ class Node:
         payload: Any = None,
         *,
         name: str | None = None,
-        children: Sequence[NodeLike] = (),
-        after: Sequence[Node | str] = (),
+        children: Iterable[NodeLike] = (),
+        after: Iterable[Node | str] = (),
         on_failure: Policy | None = None,
         compensate: NodeLike | None = None,
         **options: Unpack[JobOptions],
     ) -> None:
         refuse_unknown("Node", options, "name", "children", "after", "on_failure", "compensate")
-        for argument, value in (("children", children), ("after", after)):
-            if isinstance(value, (str, Node, Mapping)):
-                raise TypeError(f"{argument} of node {identifier!r} must be a list, not {value!r}")
+        self.children: list[NodeLike] = _listed("children", children, identifier)
+        self.after: list[Node | str] = _listed("after", after, identifier)
         given = {"identifier": identifier, "payload": payload, "name": name, "on_failure": on_failure}
         given |= {"compensate": compensate, **options}
         #: What is said of the job itself, by the names that the database knows; what is None is left out.
         self.fields: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        self.children = list(children)
-        self.after = list(after)
 
     def __repr__(self) -> str:
         name = f", name={self.fields['name']!r}" if "name" in self.fields else ""
@@ -73,9 +70,17 @@ def tree_json(tree: NodeLike, where: str) -> str:
     return _write([_Place(where, tree, set())])
 
 
-def nodes_json(nodes: Sequence[NodeLike], where: str) -> str:
-    """The JSON text of an array of nodes that are siblings."""
-    return "[" + _write(_places(nodes, where)) + "]"
+def nodes_json(nodes: Iterable[NodeLike], where: str) -> str:
+    """The JSON text of an array of nodes that are siblings; TypeError for what is no list of them."""
+    return "[" + _write(_places(_listed(where, nodes), where)) + "]"
+
+
+def _listed(what: str, values: Any, identifier: str | None = None) -> list[Any]:
+    """The values as a list, for a generator can be gone through only once; TypeError for what is not several."""
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
+        of_node = "" if identifier is None else f" of node {identifier!r}"
+        raise TypeError(f"{what}{of_node} must be a list, not {values!r}")
+    return list(values)
 
 
 class _Place(NamedTuple):

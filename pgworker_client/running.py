@@ -69,6 +69,8 @@ class Runner:
         #: Whether the run of this runner was given up: somebody else is in its place.
         self._replaced = False
         self.task: asyncio.Task[None] | None = None
+        #: Done when there is nothing here to wait for any more: all is run, or what runs is given up.
+        self.over: asyncio.Future[None] = around.loop.create_future()
         #: The run that is going on.
         self.current: Context | None = None
         self._row: Row | None = None
@@ -93,6 +95,7 @@ class Runner:
         finally:
             if not self._replaced:
                 feed.leave()
+                self.over.set_result(None)
             if self._thread is not None:
                 self._thread.leave()
 
@@ -137,6 +140,7 @@ class Runner:
         ctx.stop("lost")
         self.current = None
         self._replaced = True
+        self.over.set_result(None)
         self._feed.ended += 1
         self._feed.leave()
         self._finisher.wake()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
-from pgworker_client.enqueue import KeyMode, aware, flag_list, refuse_unknown
+from pgworker_client.enqueue import KeyMode, aware, flag_list, refuse_unknown, span
 from pgworker_client.job import to_json
 from pgworker_client.on_connection import Request, on_connection
 
@@ -99,7 +99,7 @@ def schedule_job(
             identifier,
             None if payload is None else to_json(f"payload of schedule {name!r}", payload),
             options.get("timezone"),
-            options.get("backfill"),
+            span("backfill", options.get("backfill")),
             options.get("queue_name"),
             options.get("max_attempts"),
             options.get("job_key"),

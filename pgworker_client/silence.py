@@ -159,11 +159,11 @@ class Silence:
 
 
 def _waiting(conn: Watched) -> bool:
-    return conn.waiting and conn.pgconn.transaction_status == TransactionStatus.ACTIVE and not _answered(conn)
+    return conn.waiting and conn.pgconn.transaction_status == TransactionStatus.ACTIVE and not unread(conn)
 
 
-def _answered(conn: Watched) -> bool:
-    """Whether something has come that nobody has read yet, for lack of processor time perhaps."""
+def unread(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
+    """Whether something has come that nobody has read yet: for lack of processor time perhaps, or a farewell."""
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(conn.fileno(), selectors.EVENT_READ)

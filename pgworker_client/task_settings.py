@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypedDict, Unpack
 
+from pgworker_client.enqueue import span
+from pgworker_client.job import to_json
 from pgworker_client.on_connection import Request, on_connection
 
 
@@ -65,17 +66,22 @@ def configure_task(
     """Change settings of a task and return all of them.
 
     What is left out, or None, stays as it is; ``reset`` names settings that go back to their default (``"all"``: every
-    one). TypeError for a setting that there is not; the database refuses bad values with SQLSTATE 22023.
+    one). TypeError for a setting that there is not, and for an interval that is no timedelta; the database refuses bad
+    values with SQLSTATE 22023.
     """
     if unknown := settings.keys() - _TYPES.keys():
         raise TypeError(f"configure_task() has no setting {min(unknown)!r}; there are: {', '.join(_TYPES)}")
     params: dict[str, Any] = dict(settings)
     if params.get("backoff") is not None:
-        params["backoff"] = json.dumps(params["backoff"])
+        params["backoff"] = to_json(f"backoff of task {identifier!r}", params["backoff"])
+    for name in params:
+        if _TYPES[name] == "interval":
+            span(name, params[name])
+    names = [reset] if isinstance(reset, str) else reset
     arguments = "".join(f", {name} => %s::{_TYPES[name]}" for name in params)
     return Request(
         f"select {_COLUMNS} from pgworker.configure_task(%s::text, reset => %s::text[]{arguments})",
-        (identifier, None if reset is None else list(reset), *params.values()),
+        (identifier, None if names is None else list(names), *params.values()),
         _one_task,
     )
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from pgworker_client.enqueue import all_jobs, one_job
@@ -47,7 +47,7 @@ def add_job_tree(tree: NodeLike) -> Request[JobRow]:
 
 
 @on_connection
-def add_children(worker_id: int, job_id: int, children: Sequence[NodeLike]) -> Request[list[JobRow]]:
+def add_children(worker_id: int, job_id: int, children: Iterable[NodeLike]) -> Request[list[JobRow]]:
     """Add children to a running job, as ``ctx.add_children`` does, and return them in the order given."""
     return Request(
         f"select {JOB_COLUMNS} from pgworker.add_children(%s::bigint, %s::bigint, %s::jsonb)",

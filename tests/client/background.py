@@ -51,3 +51,11 @@ def running(worker: Worker) -> Iterator[Background]:
         raise
     worker.stop()
     background.join()
+
+
+def stop(worker: Worker) -> None:
+    """Stop the worker and wait until it has heard."""
+    assert worker._running is not None
+    engine = worker._running[1]
+    worker.stop()
+    until(engine._stopping.is_set, "the stop is heard")

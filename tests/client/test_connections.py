@@ -231,22 +231,27 @@ def test_a_report_that_is_cancelled_in_the_database_is_sent_again_on_the_same_co
     assert db.execute("select count(*) from pgworker.jobs where attempts <> 1").fetchone() == (0,)
 
 
+@pytest.mark.parametrize("fresh", [0.0, 3600.0])
+@pytest.mark.parametrize("kind", ["async", "sync"])
 def test_a_kept_handler_connection_that_died_meanwhile_is_replaced(
-    dsn: str, db: Db, monkeypatch: pytest.MonkeyPatch
+    dsn: str, db: Db, kind: str, fresh: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgworker_client.handler_connections._FRESH", 0.0)
-    pids: list[int] = []
+    monkeypatch.setattr("pgworker_client.handler_connections._FRESH", fresh)
+    pids: list[Any] = []
 
-    async def handler(_payload: Any, ctx: Context) -> None:
+    async def awaited(_payload: Any, ctx: Context) -> None:
         async with ctx.connection() as conn:
-            cur = await conn.execute("select pg_backend_pid()")
-            pids.append((await cur.fetchone())[0])  # type: ignore[index]
+            pids.append(await (await conn.execute("select pg_backend_pid()")).fetchone())
 
-    with running(Worker(dsn, tasks={"t": handler}, concurrency=1)):
+    def blocking(_payload: Any, ctx: BlockingContext) -> None:
+        with ctx.connection() as conn:
+            pids.append(conn.execute("select pg_backend_pid()").fetchone())
+
+    with running(Worker(dsn, tasks={"t": awaited if kind == "async" else blocking}, concurrency=1)):
         add_job(db, "t")
-        until(lambda: len(pids) == 1, "the first job")
-        kill(db, pids[0])
-        add_job(db, "t")
+        until_row(db, "select 1 where not exists (select from pgworker.job)")  # the connection is kept by now
+        db.execute("select pg_terminate_backend(%s, 20000)", pids[0])
+        add_job(db, "t", max_attempts=1)
         until(lambda: len(pids) == 2, "the second job")
     assert pids[0] != pids[1]
 

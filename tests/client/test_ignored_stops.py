@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from pgworker_client import BlockingContext, Context, JobLost, Worker, add_job
-from tests.client.background import running
+from tests.client.background import running, stop
 from tests.waiting import until, until_row
 
 Db = psycopg.Connection[Any]
@@ -28,8 +28,8 @@ def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 class Stubborn:
     """A worker for one job at a time; task ``async`` and ``thread`` do not stop before ``go`` is set."""
 
-    def __init__(self, dsn: str, **options: Any) -> None:
-        self.worker = Worker(dsn, concurrency=1, poll_interval=0.05)
+    def __init__(self, dsn: str, *, grace: float = 30, **options: Any) -> None:
+        self.worker = Worker(dsn, concurrency=1, poll_interval=0.05, grace=grace)
         self.go = threading.Event()
         self.begun: list[str] = []
         self.ended: list[Any] = []
@@ -112,6 +112,19 @@ def test_a_lost_job_keeps_nobody_though_its_handler_does_not_stop(dsn: str, db: 
         until(lambda: one.ended, "the end of the handler")
     row = db.execute("select state, result from pgworker.jobs where id = %s", [job.id]).fetchone()
     assert row == ("failed", None)
+
+
+@pytest.mark.parametrize("how", ["async", "thread"])
+def test_a_stopped_worker_does_not_wait_for_what_is_given_up_meanwhile(dsn: str, db: Db, how: str) -> None:
+    with stubborn(dsn, grace=3600) as one:
+        job = add_job(db, how)
+        until(lambda: one.begun == [how], "the handler")
+        stop(one.worker)
+        db.execute("select pgworker.cancel_jobs(%s, 'not needed')", [[job.id]])
+        until(lambda: one.worker._running is None, "the end of the worker")
+        assert one.ended == []
+    row = db.execute("select state, last_error from pgworker.jobs where id = %s", [job.id]).fetchone()
+    assert row == ("cancelled", "not needed")
 
 
 def test_any_number_can_be_left_behind(dsn: str, db: Db) -> None:

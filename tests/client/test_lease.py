@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,11 +14,12 @@ import pytest
 
 from pgworker_client import BlockingContext, Context, Worker, add_job, add_jobs
 from pgworker_client.connection import Link
-from tests.client.background import running
+from tests.client.background import Background, running, stop
 from tests.client.test_connections import echoing
 from tests.waiting import until, until_row
 
 Db = psycopg.Connection[Any]
+Start = Callable[[Worker], Background]
 
 
 def test_a_worker_with_a_lease_does_its_work(dsn: str, db: Db) -> None:
@@ -75,6 +78,30 @@ def test_the_lease_is_renewed_while_jobs_are_long(dsn: str, db: Db) -> None:
         until_row(db, "select 1 from pgworker.jobs where state = 'completed'")
     row = db.execute("select result, attempts from pgworker.jobs where id = %s", [job.id]).fetchone()
     assert row == (1, 1)
+
+
+def test_the_lease_is_renewed_while_a_stopped_worker_waits_for_what_it_runs(dsn: str, db: Db, start: Start) -> None:
+    worker = Worker(dsn, lease=1.5, grace=600)
+    begun, go = threading.Event(), threading.Event()
+
+    @worker.task
+    def long(_payload: Any, _ctx: BlockingContext) -> int:
+        begun.set()
+        assert go.wait(60)
+        return 1
+
+    add_job(db, "long")
+    background = start(worker)
+    assert begun.wait(20)
+    stop(worker)
+    late = "select pgworker.maintain(), clock_timestamp() > %s + 2 * lease from pgworker.worker"
+    stopped = db.execute("select clock_timestamp()").fetchone()
+    assert stopped is not None
+    while (row := db.execute(late, stopped).fetchone()) is not None and not row[1]:
+        assert db.execute("select state from pgworker.jobs").fetchall() == [("running",)]
+    go.set()
+    background.join()
+    assert db.execute("select state, attempts from pgworker.jobs").fetchall() == [("completed", 1)]
 
 
 def test_jobs_of_one_queue_follow_each_other_though_nobody_notifies(dsn: str, db: Db) -> None:

@@ -108,6 +108,8 @@ def test_mistakes_that_python_sees_and_those_of_the_database(db: Db) -> None:
         schedule_anything(db, "s", "@daily", "t", flags="slow")
     with pytest.raises(TypeError, match="payload of schedule 's' cannot be written as JSON"):
         schedule_job(db, "s", "@daily", "t", {"x": object()})
+    with pytest.raises(TypeError, match="backfill must be a timedelta, not 3600"):
+        schedule_anything(db, "s", "@daily", "t", backfill=3600)
     with pytest.raises(ValueError, match="after must be an aware datetime"):
         cron_preview(db, "@daily", after=datetime(2026, 1, 1))  # noqa: DTZ001
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="payload must be an object, got array"):

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from pgworker_client import BlockingContext, Context, Worker, add_job, add_jobs
-from tests.client.background import Background
+from tests.client.background import Background, stop
 from tests.connections import Connections
 from tests.waiting import until, until_row
 
@@ -23,14 +23,6 @@ Start = Callable[[Worker], Background]
 def states(db: Db) -> Any:
     """State and attempts of all jobs, by id."""
     return db.execute("select state, attempts from pgworker.jobs order by id").fetchall()
-
-
-def stop(worker: Worker) -> None:
-    """Stop the worker and wait until it has heard."""
-    assert worker._running is not None
-    engine = worker._running[1]
-    worker.stop()
-    until(engine._stopping.is_set, "the stop is heard")
 
 
 def test_the_first_stop_lets_running_jobs_end_and_gives_the_others_back(dsn: str, db: Db, start: Start) -> None:

@@ -60,6 +60,18 @@ def test_bad_settings_are_refused(db: Conn) -> None:
         configure_task(db, "a", **misspelt)
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="max_concurrency"):
         configure_task(db, "a", max_concurrency=0)
+    wrong: Any
+    for wrong in ({"rate_interval": 60}, {"timeout": 1.5}, {"keep_failed": "soon"}):
+        with pytest.raises(TypeError, match=f"{min(wrong)} must be a timedelta"):
+            configure_task(db, "a", **wrong)
+    with pytest.raises(TypeError, match="backoff of task 'a' cannot be written as JSON"):
+        configure_task(db, "a", backoff={"kind": "constant", "base": timedelta(seconds=1)})
+
+
+def test_one_setting_to_reset_need_not_be_in_a_list(db: Conn) -> None:
+    configure_task(db, "a", max_attempts=3, max_concurrency=2)
+    assert configure_task(db, "a", reset="max_attempts").max_attempts is None
+    assert configure_task(db, "a", reset="all").max_concurrency is None
 
 
 @pytest.mark.parametrize("kind", ["async", "thread"])

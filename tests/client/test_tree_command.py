@@ -35,6 +35,8 @@ from tests.waiting import until, until_row
 
 Db = psycopg.Connection[Any]
 
+pytestmark = pytest.mark.usefixtures("consistent_afterwards")
+
 
 def drawn(out: str) -> list[str]:
     """The lines, without what differs from run to run."""

@@ -22,8 +22,11 @@ from pgworker_client import (
     permanently_fail_jobs,
     tree_progress,
 )
+from pgworker_client.node import nodes_json
 
 Db = psycopg.Connection[Any]
+
+pytestmark = pytest.mark.usefixtures("consistent_afterwards")
 
 any_node = cast("Callable[..., Node]", Node)  # for what the type checker would not let pass
 
@@ -116,6 +119,20 @@ def _contains_itself() -> Node:
 def test_a_tree_that_cannot_be_written_is_refused_with_the_place(tree: Callable[[], Node], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         tree().to_json()
+
+
+def test_children_that_a_generator_makes_are_not_lost() -> None:
+    names = ("a", "b")
+    assert json.loads(nodes_json((Node(name) for name in names), "children")) == [
+        {"identifier": name} for name in names
+    ]
+    assert len(Node("top", children=(Node(name) for name in names), after=(name for name in names)).children) == 2
+
+
+@pytest.mark.parametrize("nodes", [None, Node("a"), {"identifier": "a"}, "a", 5])
+def test_what_is_no_list_of_children_is_refused_by_its_name(nodes: Any) -> None:
+    with pytest.raises(TypeError, match=r"children must be a list, not "):
+        nodes_json(nodes, "children")
 
 
 def test_a_tree_of_nodes_is_added_and_read_back(db: Db) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -27,18 +27,12 @@ from pgworker_client import (
 from pgworker_client.connection import Link
 from pgworker_client.errors import LinkDown
 from tests.client.background import running
-from tests.invariants import assert_consistent
 from tests.waiting import until, until_row
 
 Db = psycopg.Connection[Any]
 
 
-@pytest.fixture(autouse=True)
-def _consistent(dsn: str) -> Iterator[None]:
-    """Whatever a test does, every counter, state and link agrees afterwards."""
-    yield
-    with psycopg.connect(dsn) as conn:
-        assert_consistent(conn)
+pytestmark = pytest.mark.usefixtures("consistent_afterwards")
 
 
 # With one runner a child cannot be done before its parent waits for it.
