@@ -10,15 +10,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import machine
+from bench import machine, results
 from bench.adding import adding, latency
 from bench.claims import claims
 from bench.draining import foreign, held, history, throughput
 from bench.limits import fairness, limits
+from bench.payloads import payloads
+from bench.peers import PeerMissingError, peers
 from bench.recovery import recovery
 from bench.report import ratio, table
+from bench.resources import memory, resources
 from bench.setting import QUICK, Bench, Sizes
-from bench.sides import PeerMissingError, peers, pgworker
+from bench.sides import pgworker
+from bench.steps import steps
 from bench.trees import trees
 from pgworker_client.embedded import EmbeddedServer
 from pgworker_client.installations import NoPostgresError
@@ -27,6 +31,10 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "throughput": throughput,
     "adding": adding,
     "latency": latency,
+    "payloads": payloads,
+    "resources": resources,
+    "memory": memory,
+    "steps": steps,
     "held": held,
     "foreign": foreign,
     "history": history,
@@ -45,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small numbers: does it work, not how fast is it")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, metavar="NAME", help=", ".join(MEASUREMENTS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
+    parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json, NAME.md and plots")
     given = parser.parse_args(arguments)
+    command = results.command(sys.argv[1:] if arguments is None else arguments)
     sizes = QUICK if given.quick else Sizes()
     try:
         ours, others = pgworker(), peers(os.environ.get("BENCH_PEERS", ""))
@@ -63,19 +73,29 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name} …", flush=True)
             MEASUREMENTS[name](bench)
     facts["runs"] = f"{bench.runs}, load at the end {machine.load()}"
-    print("\n" + table(bench.numbers, list(about), sizes))
-    print(
-        "\nMedians (least–most). Ratios are medians of the ratios run by run; of base: against the line that indented"
+    printed = "\n".join(
+        [
+            table(bench.numbers, list(about), sizes),
+            "",
+            "Medians (least–most). Ratios are medians of the ratios run by run; of base: against the line that",
+            "indented ones stand under.",
+            *(f"{name}: {fact}" for name, fact in facts.items()),
+        ]
     )
-    print("ones stand under.")
-    print("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
+    print(f"\n{printed}")
+    ratios = {
+        row: {peer.name: ratio(sides[ours.name], sides[peer.name]) for peer in others if peer.name in sides}
+        for row, sides in bench.numbers.items()
+    }
+    document = json.dumps(
+        {"command": command, "facts": facts, "sizes": asdict(sizes), "numbers": bench.numbers, "ratios": ratios},
+        indent=2,
+    )
     if given.json:
-        ratios = {
-            row: {peer.name: ratio(sides[ours.name], sides[peer.name]) for peer in others if peer.name in sides}
-            for row, sides in bench.numbers.items()
-        }
-        written = {"facts": facts, "sizes": asdict(sizes), "numbers": bench.numbers, "ratios": ratios}
-        given.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        given.json.write_text(document + "\n", encoding="utf-8")
+    if given.save:
+        results.save(given.save, command, document, printed)
+        results.plot(given.save, bench.numbers, list(about), sizes)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How fast one session adds jobs, and how soon a job that was added runs.
+"""How fast one and several sessions add jobs, and how soon a job that was added runs.
 
 These take short moments, so within a run the sides alternate too, block by block: whatever else the machine does
 meanwhile hits them alike.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import time
 from collections.abc import Iterator
 
 from bench.processes import Child, wait_until
@@ -15,32 +16,65 @@ from bench.setting import Bench
 from bench.sides import Side
 
 BLOCKS = 20
+#: Of several sessions, which begin and end together: fewer and longer.
+CROWDED_BLOCKS = 5
 
 
 def adding(bench: Bench) -> None:
-    """Add jobs one by one, each in a transaction of its own, then many with one call; nobody works meanwhile."""
+    """Add jobs one by one, each in a transaction of its own, then many with one call; nobody works meanwhile.
+
+    Then one by one from several sessions.
+    """
     sizes = bench.sizes
     singles = sizes.singles // BLOCKS
-    for sides in bench.rounds():
+    for sides in bench.rounds("adding"):
         with _producers(bench, sides) as producers:
             spent = dict.fromkeys(producers, 0.0)
             for _ in range(BLOCKS):
                 for name, producer in producers.items():
-                    spent[name] += producer.ask("single", singles)
+                    spent[name] += producer.ask("single", singles, 0)
             for side in sides:
                 bench.note("add_single", side, BLOCKS * singles / spent[side.name])
             for side in sides:
-                bench.note("add_bulk", side, sizes.jobs / producers[side.name].ask("bulk", sizes.jobs))
+                count = side.count(sizes.jobs)
+                bench.note("add_bulk", side, count / producers[side.name].ask("bulk", count, 0))
+        _sessions(bench, sides)
         for side in sides:
             with side.connect(bench.server) as conn:
-                conn.execute(side.clear)
+                conn.execute(side.clear.encode())
+
+
+def _sessions(bench: Bench, sides: list[Side]) -> None:
+    """Add jobs one by one from several sessions at once; all are always there, but some have nothing to do."""
+    sizes = bench.sizes
+    with contextlib.ExitStack() as stack:
+        crowds = {
+            side.name: [stack.enter_context(side.start(bench.server, "produce")) for _ in range(max(sizes.sessions))]
+            for side in sides
+        }
+        for crowd in crowds.values():
+            for producer in crowd:
+                producer.wait_until_ready()
+        for sessions in sizes.sessions:
+            singles = max(sizes.singles // CROWDED_BLOCKS // sessions, 1)
+            spent = dict.fromkeys(crowds, 0.0)
+            for _ in range(CROWDED_BLOCKS):
+                for name, crowd in crowds.items():
+                    begun = time.perf_counter()
+                    for producer in crowd[:sessions]:
+                        producer.tell("single", singles, 0)
+                    for producer in crowd[:sessions]:
+                        producer.done()
+                    spent[name] += time.perf_counter() - begun
+            for side in sides:
+                bench.note(f"add_sessions_{sessions}", side, CROWDED_BLOCKS * sessions * singles / spent[side.name])
 
 
 def latency(bench: Bench) -> None:
     """Time jobs from before the call that adds them, in one process, to the first line of the handler in another."""
     sizes = bench.sizes
     samples = sizes.samples // BLOCKS
-    for sides in bench.rounds():
+    for sides in bench.rounds("latency"):
         with _producers(bench, sides) as producers, contextlib.ExitStack() as stack:
             workers = {side.name: stack.enter_context(side.start(bench.server, "work")) for side in sides}
             for block in range(BLOCKS + 1):

@@ -43,14 +43,14 @@ def _occupy(conn: psycopg.Connection[Any], queues: int) -> None:
         busy += conn.execute("select from pgworker.get_jobs(%s, %s)", [worker, queues]).rowcount
 
 
-def cost(conn: psycopg.Connection[Any], claims: int) -> float:
+def cost(conn: psycopg.Connection[Any], claims: int, tasks: str = "{noop}") -> float:
     """Return the mean time of a claim in ms; what a session does at times and not with every claim is in it."""
     worker = register(conn)
     spent = 0.0
     for number in range(-20, claims):
         conn.execute("select from pgworker.add_job('noop')")
         begun = time.perf_counter()
-        row = conn.execute("select id from pgworker.get_jobs(%s, 1, '{noop}')", [worker]).fetchone()
+        row = conn.execute("select id from pgworker.get_jobs(%s, 1, %s)", [worker, tasks]).fetchone()
         if number >= 0:
             spent += time.perf_counter() - begun
         if row is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ _BEFORE_THE_GATE = """
 def throughput(bench: Bench) -> None:
     """Drain a table that holds nothing else, with one process, then with several."""
     for processes, row in ((1, "throughput_1"), (bench.sizes.processes, "throughput_many")):
-        for sides in bench.rounds():
+        for sides in bench.rounds("throughput"):
             for side in sides:
                 with side.connect(bench.server) as conn:
                     bench.note(row, side, drain(bench, side, conn, processes))
@@ -92,6 +92,7 @@ def drain(
     foreign: int = 0,
     fill: str = "",
     jobs: int = 0,
+    size: int = 0,
     parents: int = 1,
     more: int = 0,
 ) -> float:
@@ -104,44 +105,65 @@ def drain(
         processes: workers.
         foreign: jobs of another task that lie before its own.
         fill: SQL that adds ``%(count)s`` jobs, ``%(parents)s`` times; else the side's own, of noop.
-        jobs: how many that are; else as many as the sizes say.
+        jobs: how many that are; else as many as the sizes say, or the side's share of them.
+        size: bytes by which the payloads of the side's own jobs are larger.
         parents: how often so many.
         more: how many jobs it adds beyond those that count.
 
     """
-    count = jobs or bench.sizes.jobs
-    conn.execute(side.clear)
+    count = jobs or side.count(bench.sizes.jobs)
+    conn.execute(side.clear.encode())
     if foreign:
-        conn.execute(side.add, {"count": foreign, "task": "foreign"})
-    conn.execute(fill or side.add, {"count": count, "parents": parents, "task": "noop"})
+        side.fill(bench.server, conn, foreign, task="foreign")
+    if fill:
+        conn.execute(fill.encode(), {"count": count, "parents": parents})
+    else:
+        side.fill(bench.server, conn, count, size=size)
     side.settle(conn)
+    return release(bench, side, conn, processes, count * parents, more)
+
+
+def release(
+    bench: Bench,
+    side: Side,
+    conn: psycopg.Connection[Any],
+    processes: int,
+    jobs: int,
+    more: int = 0,
+    look: Callable[[list[Child]], object] = lambda _workers: None,
+) -> float:
+    """Start workers, let them at the jobs in the table, and return jobs per second; ``look`` before and after."""
     with side.connect(bench.server) as gate:
         gate.autocommit = False
         gate.execute(f"lock table {side.table} in access exclusive mode")
         with _workers(bench, side, processes) as workers:
             wait_until(lambda: _waiting(conn, side) == processes, workers, "the workers' first claims", 0.02)
             time.sleep(0.3)  # a worker whose housekeeping came first stands here with its claim too
-            return _time(gate, side, workers, count * parents, more)
+            look(workers)
+            rate = _time(gate, side, workers, jobs, more)
+            look(workers)
+            return rate
 
 
 def _round(bench: Bench, side: Side, workers: list[Child]) -> float:
     """Add jobs, all seen at the same moment, and drain them with workers that are there; return jobs per second."""
     with side.connect(bench.server) as gate:
         gate.autocommit = False
-        gate.execute(side.add, {"count": bench.sizes.jobs, "task": "noop"})
+        side.fill(bench.server, gate, bench.sizes.jobs)
         return _time(gate, side, workers, bench.sizes.jobs)
 
 
 def _time(gate: psycopg.Connection[Any], side: Side, workers: list[Child], jobs: int, more: int = 0) -> float:
     """Open the gate, which is a transaction, and return jobs per second until nothing is left, nor of the others."""
-    row = gate.execute(f"select coalesce(max(id), 0) from {side.table}").fetchone()
-    assert row is not None
-    last = int(row[0])
+    last = 0 if side.left else _last(gate, side)
     before = sum(worker.handled for worker in workers)
     begun = time.perf_counter()
     gate.commit()
     wait_until(lambda: sum(worker.handled for worker in workers) - before >= jobs + more, workers, "all jobs handled")
     gate.autocommit = True
+    if side.left:
+        wait_until(lambda: not _is_true(gate, side.left), workers, "the end of all jobs")
+        return jobs / (time.perf_counter() - begun)
     # Jobs end roughly in the order of their ids: looking at the last ones is quick however many dead rows lie before.
     wait_until(lambda: not _any_from(gate, side, last - jobs // 10, last), workers, "an empty table")
     rate = jobs / (time.perf_counter() - begun)
@@ -149,9 +171,18 @@ def _time(gate: psycopg.Connection[Any], side: Side, workers: list[Child], jobs:
     return rate
 
 
+def _last(conn: psycopg.Connection[Any], side: Side) -> int:
+    row = conn.execute(f"select coalesce(max({side.key}), 0) from {side.table}").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 def _any_from(conn: psycopg.Connection[Any], side: Side, after: int, to: int) -> bool:
-    query = f"select exists (select from {side.table} where id > %s and id <= %s)"
-    row = conn.execute(query, [after, to]).fetchone()
+    return _is_true(conn, f"select exists (select from {side.table} where {side.key} > {after} and {side.key} <= {to})")
+
+
+def _is_true(conn: psycopg.Connection[Any], query: str) -> bool:
+    row = conn.execute(query.encode()).fetchone()
     return row is None or bool(row[0])
 
 

@@ -16,11 +16,12 @@ _ADD = """
 
 
 def limits(bench: Bench) -> None:
-    """Claim one job at a time: unlimited ones beside others that wait for a limit, then limited ones."""
+    """Claim one job at a time: unlimited ones beside others that wait for their limits, then limited ones."""
     sizes = bench.sizes
     for _ in range(bench.runs):
         for row, setting, keys, count in (
             ("limit_none", "", 0, 0),
+            ("limit_few", "max_concurrency => 1", 1, sizes.behind // 1000),
             ("limit_one", "max_concurrency => 1", 1, sizes.behind),
             ("limit_keys", "max_concurrency_per_key => 1", sizes.queues, 10 * sizes.queues),
         ):
@@ -33,7 +34,7 @@ def limits(bench: Bench) -> None:
                     while other.execute("select from pgworker.get_jobs(%s, 1000)", [worker]).rowcount:
                         pass
                 bench.ours.settle(conn)
-                bench.note(row, bench.ours, cost(conn, sizes.claims))
+                bench.note(row, bench.ours, cost(conn, sizes.claims, "{noop,limited}"))
         with bench.ours.connect(bench.server) as conn:
             conn.execute(bench.ours.clear)
             conn.execute(

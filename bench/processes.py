@@ -27,6 +27,7 @@ class Child:
     Attributes:
         handled: jobs that this worker has run.
         delays: milliseconds from sending a job to its handler's first line, for jobs that say when they were sent.
+        pid: the process's number.
 
     """
 
@@ -48,6 +49,7 @@ class Child:
             text=True,
             start_new_session=True,  # Ctrl-C is for the measuring process, which then closes their input
         )
+        self.pid = self._process.pid
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -78,9 +80,17 @@ class Child:
 
     def ask(self, *words: object) -> float:
         """Have a producer do something; returns the seconds that it took."""
+        self.tell(*words)
+        return self.done()
+
+    def tell(self, *words: object) -> None:
+        """Have a producer begin to do something."""
         assert self._process.stdin is not None
         self._process.stdin.write(" ".join(map(str, words)) + "\n")
         self._process.stdin.flush()
+
+    def done(self) -> float:
+        """Wait until it has done what it was told; returns the seconds that it took."""
         return self._answer() / 1e9
 
     def check(self) -> None:

@@ -81,7 +81,7 @@ def _crashed(bench: Bench) -> float:
 
 
 def _add(bench: Bench, conn: psycopg.Connection[Any], task: str) -> None:
-    conn.execute(bench.ours.add.encode(), {"task": task, "count": _JOBS})
+    bench.ours.fill(bench.server, conn, _JOBS, task=task)
 
 
 def _count(conn: psycopg.Connection[Any], query: str) -> int:

@@ -10,15 +10,28 @@ from pgworker_client.embedded import EmbeddedServer
 
 
 @dataclass(frozen=True)
+class Payloads:
+    """Jobs with payloads of a certain size: how many are added one by one, and how many drained."""
+
+    size: int
+    added: int
+    drained: int
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How much is done, in jobs where nothing else is said.
 
     Attributes:
         processes: that drain together, where it is more than one.
         jobs: drained in each run.
-        singles: added one by one.
+        singles: added one by one, by however many sessions.
+        sessions: how many add at once, where it is more than one.
         samples: of latency.
         gap: milliseconds between two samples.
+        payloads: how large, and how many of each.
+        payload: bytes of the payloads whose WAL is weighed.
+        passed: jobs that a worker has run at the end, when its memory is looked at.
         rounds: how often `jobs` pass under a held snapshot before the drain that counts.
         foreign: jobs of another task that lie in the table.
         behind: jobs behind one busy queue.
@@ -32,8 +45,14 @@ class Sizes:
     processes: int = 4
     jobs: int = 100_000
     singles: int = 2_000
+    sessions: tuple[int, ...] = (4, 8, 16)
     samples: int = 1_000
     gap: int = 10
+    payloads: tuple[Payloads, ...] = (
+        Payloads(100, 1_000, 20_000), Payloads(10_000, 500, 2_000), Payloads(1_000_000, 50, 50),
+    )  # fmt: skip
+    payload: int = 100
+    passed: int = 1_000_000
     rounds: int = 3
     foreign: int = 100_000
     behind: int = 100_000
@@ -44,7 +63,9 @@ class Sizes:
 
 
 QUICK = Sizes(
-    processes=2, jobs=2_000, singles=100, samples=100, gap=2, rounds=1, foreign=2_000, behind=2_000, queues=100,
+    processes=2, jobs=2_000, singles=100, sessions=(2,), samples=100, passed=4_000,
+    payloads=(Payloads(100, 20, 200), Payloads(10_000, 20, 100), Payloads(1_000_000, 10, 10)),
+    gap=2, rounds=1, foreign=2_000, behind=2_000, queues=100,
     claims=50, children=500, one_by_one=64,
 )  # fmt: skip
 
@@ -68,12 +89,13 @@ class Bench:
     runs: int
     numbers: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
-    def rounds(self) -> Iterator[list[Side]]:
-        """Yield the sides once a run, in the order of their turns, which alternates: A B, B A, A B …"""
+    def rounds(self, measurement: str) -> Iterator[list[Side]]:
+        """Yield those that take part once a run, in the order of their turns, which alternates: A B, B A, A B …"""
+        sides = [side for side in (self.ours, *self.peers) if measurement not in side.cannot]
         for run in range(self.runs):
-            yield [self.ours, *self.peers][:: 1 if run % 2 == 0 else -1]
+            yield sides[:: 1 if run % 2 == 0 else -1]
 
     def note(self, row: str, side: Side, number: float) -> None:
         """Keep a number, and show that something happens."""
         self.numbers.setdefault(row, {}).setdefault(side.name, []).append(number)
-        print(f"  {row:24} {side.name:10} {number:12,.3f}", flush=True)
+        print(f"  {row:24} {side.name:14} {number:12,.3f}", flush=True)

