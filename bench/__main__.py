@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what was asked for, and return the process's status."""
     parser = argparse.ArgumentParser(prog="./run bench", description="Measure pgworker on a throwaway server.")
     parser.add_argument("--runs", type=_positive, metavar="N", help="how often to measure everything (5; quick: 1)")
-    parser.add_argument("--quick", action="store_true", help="small numbers: does it work, not how fast is it")
+    parser.add_argument("--quick", action="store_true", help="small numbers, no disk: does it work, not how fast is it")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, metavar="NAME", help=", ".join(MEASUREMENTS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json, NAME.md and plots")
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = QUICK if given.quick else Sizes()
     try:
         ours, others = pgworker(), peers(os.environ.get("BENCH_PEERS", ""))
-        server = EmbeddedServer(settings=machine.settings(), durable=True)
+        server = EmbeddedServer(settings=machine.settings(), durable=not given.quick)
     except (PeerMissingError, NoPostgresError) as missing:
         print(f"bench: {missing}", file=sys.stderr)
         return 2

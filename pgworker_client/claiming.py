@@ -51,6 +51,7 @@ class Claimer:
         log: Log,
         tasks: Iterable[str],
         running: Callable[[], set[int]],
+        on_claimed_again: Callable[[int], None],
     ) -> None:
         self._settings = settings
         self._link = link
@@ -61,6 +62,7 @@ class Claimer:
         flags = settings.forbidden_flags
         self._flags = text_array(flags) if flags else None
         self._running = running
+        self._on_claimed_again = on_claimed_again
         self._pace = Pace(settings.buffer, settings.concurrency)
         self._most_pending = 2 * settings.buffer + 100 * settings.concurrency
         self._wakened = asyncio.Event()
@@ -130,6 +132,10 @@ class Claimer:
                 self._finisher.give_back(rows)
             elif rows:
                 fruitless = 0
+                # Taken away and claimed again by ourselves: heartbeat() will not say that the first claim is lost.
+                ours = self._running().union([row[ID] for row in self._feed.jobs])
+                for job_id in ours.intersection([row[ID] for row in rows]):
+                    self._on_claimed_again(job_id)
                 self._feed.put(rows)
                 if len(rows) <= self._settings.concurrency:
                     await asyncio.sleep(0)  # a few jobs: let them start before the next claim is sent

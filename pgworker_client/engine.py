@@ -72,7 +72,16 @@ class Engine:
         self._parts: set[asyncio.Task[None]] = set()
         self._part_ended = asyncio.Event()
         self._runners_started = 0
-        self._claimer = Claimer(settings, self._claim_link, self._feed, self._finisher, log, tasks, self._running)
+        self._claimer = Claimer(
+            settings,
+            self._claim_link,
+            self._feed,
+            self._finisher,
+            log,
+            tasks,
+            self._running,
+            lambda job_id: self._notice(job_id, "lost"),
+        )
         self._presence = PresenceThread(
             settings,
             database,

@@ -27,7 +27,7 @@ class Background:
 
     def join(self) -> None:
         """Wait until ``run`` has returned; raise what it raised."""
-        self._thread.join(20)
+        self._thread.join(60)
         assert self.ended, "the worker did not stop"
         if self.error is not None:
             raise self.error

@@ -25,7 +25,7 @@ def cut_off(ground: Ground, trial: Trial) -> None:
 
 def black_hole(ground: Ground, trial: Trial) -> None:
     """Everything is swallowed, while the network goes on to acknowledge it; after a while new connections pass."""
-    environment, timeout = ({}, "10") if ground.patient else (shifted(TRIAL_SILENCE_TICK="0.3"), "2")
+    environment, timeout = ({}, "10") if ground.patient else (shifted(TRIAL_SILENCE_TICK="1"), "3")
     with (
         Proxy(trial.server) as proxy,
         trial.fleet(
@@ -58,7 +58,7 @@ def pooler_restarted(ground: Ground, trial: Trial) -> None:
         raise CannotBeTried("pgbouncer is not installed")
     with (
         Bouncer(trial.server, 6, user="worker") as bouncer,
-        trial.fleet(bouncer.dsn(trial.dbname), 2, "--lease", "10" if ground.patient else "3") as fleet,
+        trial.fleet(bouncer.dsn(trial.dbname), 2, "--lease", "10") as fleet,
     ):
         for share in (0.05, 0.3, 0.6) if ground.patient else (0.05,):
             trial.underway(share)
