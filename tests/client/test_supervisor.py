@@ -117,7 +117,8 @@ def test_a_process_of_which_a_part_died_does_not_live_on_and_is_replaced(spawn: 
     db.execute(f"alter function {renamed} rename to heartbeat")
     (second,) = pids(db, 1)
     assert second != first
-    add_job(db, "who")  # that one may have met the missing function too, and who is stopped while it registers leaves a row
+    # That one may have met the missing function too; and who is stopped while it registers leaves a row behind.
+    add_job(db, "who")
     until_row(db, "select 1 where not exists (select from pgworker.jobs where state <> 'completed')", timeout=60)
     err = stopped(process, db)
     assert "process 1 ended with exit status 1; another one is started in" in err
