@@ -3,7 +3,9 @@
 --   not_held       the error for who holds a job no more
 --   finish_jobs    many jobs have ended
 --   lock_held      one job that a worker holds
---   complete_job, fail_job, cancel_job, release_jobs, set_progress
+--   complete_job, fail_job, cancel_job
+--   refuse_attempts   the error for attempts that do not go with their jobs
+--   release_jobs, set_progress
 --
 -- Fence: only the worker that holds a job (locked_by) can end it; a caller that also names the attempt (as claimed) is
 -- protected against its own past.
@@ -275,6 +277,22 @@ comment on function pgworker.cancel_job(bigint, bigint, text, int) is
   'Ends a job that this worker holds as cancelled: its handler decided that it is not to be run. Raises PW001 if the '
   'worker does not hold it.';
 
+create function pgworker.refuse_attempts(p_job_ids bigint[], p_attempts int[]) returns void
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if cardinality(p_attempts) <> cardinality(p_job_ids) then
+    raise exception using errcode = '22023',
+      message = format('attempts must name one attempt per job: %s for %s jobs', cardinality(p_attempts),
+                       cardinality(p_job_ids)),
+      hint = 'Give the attempts as claimed, in the order of job_ids, or null.';
+  end if;
+end
+$$;
+comment on function pgworker.refuse_attempts(bigint[], int[]) is
+  'Internal: raises 22023 where there are attempts, but not one for each job.';
+
 create function pgworker.release_jobs(worker_id bigint, job_ids bigint[], attempts int[] default null) returns void
 language plpgsql volatile parallel unsafe security definer
 set search_path = pg_catalog, pg_temp
@@ -282,12 +300,7 @@ set enable_seqscan = off
 set jit = off
 as $$
 begin
-  if cardinality(release_jobs.attempts) <> cardinality(release_jobs.job_ids) then
-    raise exception using errcode = '22023',
-      message = format('attempts must name one attempt per job: %s for %s jobs', cardinality(release_jobs.attempts),
-                       cardinality(release_jobs.job_ids)),
-      hint = 'Give the attempts as claimed, in the order of job_ids, or null.';
-  end if;
+  perform pgworker.refuse_attempts(release_jobs.job_ids, release_jobs.attempts);
   perform pgworker.give_back(
     array[release_jobs.worker_id],
     array(select l.id

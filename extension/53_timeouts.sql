@@ -2,12 +2,14 @@
 --
 --   check_timeouts   those that a worker brings along
 --   note_deadlines   when claimed jobs must have ended
+--   restart_timeouts for those that their worker has not begun yet
 --   time_out         takes overdue ones from workers that have not stopped them
 --
 -- A timeout is a matter of the worker, which stops its handler and reports the failure. This is for workers that do not:
 -- a hung one is as present as ever. Its deadline comes timeout_grace after the timeout, counted from the claim.
 -- There is no index by which overdue jobs could be found in table job, since claims could then not be HOT; so claims of
--- jobs that have a timeout, and only these, write one row for each timeout among them.
+-- jobs that have a timeout, and only these, write one row for each timeout among them. A worker that does not begin at once
+-- what it has claimed says so from time to time: then another row counts, for a run is known by when it was claimed.
 -- Locks: rows of deadline, which only maintain() takes, then job rows by id (lock_free(): who holds one may be ending it),
 -- then what 50_finishing.sql takes.
 
@@ -59,6 +61,36 @@ end
 $$;
 comment on function pgworker.note_deadlines(bigint, jsonb, tid[], timestamptz) is
   'Internal: writes down when those of these jobs, just claimed by this worker, that have a timeout must have ended.';
+
+create function pgworker.restart_timeouts(worker_id bigint, job_ids bigint[], attempts int[] default null) returns void
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+as $$
+declare
+  v_now  constant timestamptz := pgworker.clock();
+  v_free bigint[];
+  v_tids tid[];
+begin
+  perform pgworker.refuse_attempts(restart_timeouts.job_ids, restart_timeouts.attempts);
+  v_free := pgworker.lock_free(restart_timeouts.job_ids);   -- of what somebody else has locked, at the next time
+  with restarted as (
+    update pgworker.job j
+    set locked_at = v_now
+    from unnest(restart_timeouts.job_ids, restart_timeouts.attempts) as u(id, attempt)
+    where j.id = any (array[u.id]) and (u.id in (select f.id from unnest(v_free) as f(id))) is true
+      and j.locked_by = restart_timeouts.worker_id and (u.attempt is null or j.attempts = u.attempt)
+    returning j.ctid as tid
+  )
+  select array_agg(r.tid) into v_tids from restarted r;
+  perform pgworker.note_deadlines(w.id, w.timeouts, v_tids, v_now)
+  from pgworker.worker w where w.id = restart_timeouts.worker_id and v_tids is not null;
+end
+$$;
+comment on function pgworker.restart_timeouts(bigint, bigint[], int[]) is
+  'Jobs that this worker has claimed and not begun yet: their time counts from now, as if they were claimed now. What it '
+  'does not hold, or not in the attempt that attempts names (as claimed), is passed over.';
 
 create function pgworker.time_out(p_now timestamptz) returns boolean
 language plpgsql volatile parallel unsafe

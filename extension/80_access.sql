@@ -51,6 +51,7 @@ begin
     'pgworker.release_jobs(bigint, bigint[], int[]), pgworker.set_progress(bigint, bigint, jsonb), '
     'pgworker.add_children(bigint, bigint, jsonb), pgworker.wait_for_children(bigint, bigint, int), '
     'pgworker.children(bigint), pgworker.get_children_values(bigint), pgworker.get_failed_children_values(bigint), '
+    'pgworker.restart_timeouts(bigint, bigint[], int[]), '
     'pgworker.heartbeat(bigint), pgworker.held_jobs(bigint), '
     'pgworker.unregister_worker(bigint), '
     'pgworker.maintain(), pgworker.next_run_at(text[]) to %s', role);

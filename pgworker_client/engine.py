@@ -23,6 +23,7 @@ from pgworker_client.process_pool import ProcessPool
 from pgworker_client.running import Runner
 from pgworker_client.settings import Settings
 from pgworker_client.tasks import Task
+from pgworker_client.unbegun import Unbegun
 
 #: Seconds that whatever has been told to end gets to do so: cancelled handlers, the last claim, the last report.
 _LAST_WAIT = 5.0
@@ -69,6 +70,11 @@ class Engine:
             self._feed, tasks, self._finisher, around, wrap, self._processes, self._replace
         )
         self._runners = [self._make_runner() for _ in range(settings.concurrency)]
+        self._unbegun = Unbegun(
+            self._finish_link,
+            lambda: self._finisher.outbox.worker_id,
+            lambda: [runner.unbegun for runner in self._runners if runner.unbegun is not None],
+        )
         self._parts: set[asyncio.Task[None]] = set()
         self._part_ended = asyncio.Event()
         self._runners_started = 0
@@ -158,6 +164,7 @@ class Engine:
         claiming = self._watch(asyncio.create_task(self._claimer.run(once=once), name="claim"))
         finishing = self._watch(asyncio.create_task(self._finisher.run(), name="finish"))
         present = self._watch(asyncio.create_task(self._presence.run(), name="presence"))
+        unbegun = self._watch(asyncio.create_task(self._unbegun.run(), name="unbegun"))
         for runner in self._runners:
             self._start_runner(runner)
         stop = asyncio.create_task(self._stopping.wait(), name="stop")
@@ -179,6 +186,7 @@ class Engine:
             if dead is finishing:  # nothing can be reported any more, so nothing is worth waiting for
                 self._interrupting.set()
         await self._drain(claiming, finishing)
+        unbegun.cancel()
         await self._presence.leave()
         await asyncio.wait((present,), timeout=_LAST_WAIT)
         present.cancel()  # whatever it still waits for
@@ -253,6 +261,9 @@ class Engine:
 
     def _give_back_unstarted(self) -> None:
         self._finisher.give_back(self._feed.take_all())
+        for runner in self._runners:
+            if runner.waits_for_process:
+                runner.interrupt("stop")
 
     def _running(self) -> set[int]:
         return {runner.job_id for runner in self._runners if runner.job_id is not None}

@@ -121,3 +121,14 @@ def to_json(what: str, value: Any) -> str:
         raise TypeError(f"{what} cannot be written as JSON: {exc}; use dicts, lists, text, numbers, None") from None
     except (ValueError, RecursionError) as exc:
         raise ValueError(f"{what} cannot be written as JSON: {exc}; NaN, infinity and cycles are not JSON") from None
+
+
+def items_of(text: str) -> list[str]:
+    """The JSON texts of the items of an array, exactly as PostgreSQL wrote them (Python would round its numbers)."""
+    items: list[str] = []
+    start = 1
+    while text[start] != "]":
+        end = end_of_value(text, start)
+        items.append(text[start:end])
+        start = end + 2 if text[end] == "," else end
+    return items

@@ -175,12 +175,20 @@ class ProcessPool:
 class ProcessRun(BlockingContext):
     """The context of a run in a process, on this side: told to stop, it tells, and soon kills, the process."""
 
-    __slots__ = ("_is_over", "_killing", "_limit", "_process", "_timer", "timed_out")
+    __slots__ = ("_is_over", "_killing", "_limit", "_on_begun", "_process", "_timer", "timed_out")
 
-    def __init__(self, context: Context, around: Surroundings, process: HandlerProcess, limit: float | None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        around: Surroundings,
+        process: HandlerProcess,
+        limit: float | None,
+        on_begun: Callable[[], None],
+    ) -> None:
         super().__init__(context, around)
         self._process = process
         self._limit = limit
+        self._on_begun = on_begun
         self._timer: asyncio.TimerHandle | None = None
         self._killing: asyncio.TimerHandle | None = None
         self._is_over = False
@@ -200,6 +208,7 @@ class ProcessRun(BlockingContext):
 
     def _start_timer(self) -> None:
         if self._limit is not None and not self._is_over:
+            self._on_begun()
             self._timer = self._around.loop.call_later(self._limit, self._time_out)
 
     def _time_out(self) -> None:

@@ -15,7 +15,7 @@ from pgworker_client.feed import Feed
 from pgworker_client.finishing import Finisher
 from pgworker_client.hooks import JobEventName
 from pgworker_client.importable import Place
-from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PAYLOAD, TASK, TIMEOUT, Row, decode, end_of_value, to_json
+from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PAYLOAD, TASK, TIMEOUT, Row, decode, items_of, to_json
 from pgworker_client.middleware import Around
 from pgworker_client.outcome import (
     Cancel,
@@ -74,6 +74,9 @@ class Runner:
         #: The run that is going on.
         self.current: Context | None = None
         self._row: Row | None = None
+        #: The job of that run, if it has a timeout and its handler is not called yet.
+        self.unbegun: Row | None = None
+        self.waits_for_process = False
 
     @property
     def job_id(self) -> int | None:
@@ -210,9 +213,18 @@ class Runner:
             how = self._alone if _longest(task, self._row) is None else self._limited
         else:
             how = self._in_thread if task.place is None else partial(self._in_process, task.place)
-        if self._middleware is None:
-            return await how(task, payload, ctx)
-        return await self._middleware(ctx, partial(how, task, payload, ctx))
+        self.unbegun = None if _longest(task, self._row) is None else self._row
+        try:
+            if self._middleware is None:
+                return await how(task, payload, ctx)
+            return await self._middleware(ctx, partial(how, task, payload, ctx))
+        finally:
+            self._begin()
+            self.waits_for_process = False
+
+    def _begin(self) -> None:
+        """The handler is called: its time counts from now."""
+        self.unbegun = None
 
     @staticmethod
     async def _alone(task: Task, payload: Any, ctx: Context) -> Any:
@@ -222,6 +234,7 @@ class Runner:
         longest = _longest(task, self._row)
         limit = asyncio.timeout(longest)
         enough = self._around.loop.call_later((longest or 0) + PATIENCE, self._give_up, ctx)
+        self._begin()
         try:
             async with limit:
                 return await task.handler(payload, ctx)
@@ -242,6 +255,7 @@ class Runner:
         self._blocking = blocking
         longest = _longest(task, self._row)
         limit = asyncio.timeout(longest)
+        self._begin()
         try:
             async with limit:
                 result = await future
@@ -263,10 +277,12 @@ class Runner:
 
     async def _in_process(self, place: Place, task: Task, payload: Any, ctx: Context) -> Any:
         longest = _longest(task, self._row)
+        self.waits_for_process = True
         async with self._processes.process() as process:
+            self.waits_for_process = False
             if self._thread is None:
                 self._thread = HandlerThread(self._around.loop)
-            self._blocking = run = ProcessRun(ctx, self._around, process, longest)
+            self._blocking = run = ProcessRun(ctx, self._around, process, longest, self._begin)
             try:
                 return await self._thread.call(partial(process.call, place), payload, run)
             finally:
@@ -304,7 +320,7 @@ class Runner:
 
     def _partly(self, row: Row, ctx: Context, outbox: Outbox, result: list[Any]) -> bool:
         """Deal with the list that the handler of an array returned; false if it is a result like any other."""
-        items = _items(row[PAYLOAD])
+        items = items_of(row[PAYLOAD])
         if len(items) != len(result):
             return False
         failed = [(index, entry) for index, entry in enumerate(result) if isinstance(entry, BaseException)]
@@ -381,14 +397,3 @@ class Runner:
 def _longest(task: Task, row: Row | None) -> float | None:
     """How many seconds a run may take: as its handler says, else as the task's settings in the database do."""
     return task.timeout if task.timeout is not None or row is None else row[TIMEOUT]
-
-
-def _items(text: str) -> list[str]:
-    """The JSON texts of the items of an array, exactly as PostgreSQL wrote them (Python would round its numbers)."""
-    items: list[str] = []
-    start = 1
-    while text[start] != "]":
-        end = end_of_value(text, start)
-        items.append(text[start:end])
-        start = end + 2 if text[end] == "," else end
-    return items

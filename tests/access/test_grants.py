@@ -15,7 +15,8 @@ PRODUCER = {"version", "fake_now", "add_job", "add_jobs", "add_job_tree", "trigg
 
 WORKER = PRODUCER | {
     "check_client", "register_worker", "get_jobs", "get_job", "complete_job", "fail_job", "cancel_job", "finish_jobs",
-    "release_jobs", "set_progress", "wait_for_children", "heartbeat", "held_jobs", "unregister_worker", "maintain",
+    "release_jobs", "set_progress", "wait_for_children", "heartbeat", "held_jobs", "restart_timeouts",
+    "unregister_worker", "maintain",
     "next_run_at", "add_children", "children", "get_children_values", "get_failed_children_values",
 }  # fmt: skip
 
@@ -166,6 +167,7 @@ def test_a_worker_role_can_speak_the_whole_protocol(db: Conn, connect: Connectio
     ids = claim_ids(hand, worker, 8)
     (job,) = call(hand, "get_job", leased)
     assert call(hand, "held_jobs", leased) == [{"job_id": job["id"], "attempts": 1}]
+    call(hand, "restart_timeouts", worker, ids[:1])
     call(hand, "set_progress", worker, ids[0], "1")
     assert value(hand, "select pgworker.wait_for_children(%s, %s)", worker, ids[0]) is False
     call(hand, "complete_job", worker, ids[0], '{"n": 1}')

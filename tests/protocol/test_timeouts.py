@@ -198,3 +198,53 @@ def test_timeouts_that_are_none_are_refused(tx: Conn, timeouts: str) -> None:
     with refused(tx, "22023", "timeouts must be an object of seconds", hint="Write"):
         _register(tx, timeouts)
     assert value(tx, "select count(*) from pgworker.worker") == 0
+
+
+def test_the_time_of_a_run_that_has_not_begun_counts_from_when_that_was_said_last(db: Conn) -> None:
+    call(db, "configure_task", "b", timeout="5 seconds")
+    at(db, 0)
+    waiting, begun, other = (add(db, name, run_at=PAST)["id"] for name in ("a", "a", "b"))
+    worker = _register(db, '{"a": 5}')
+    assert claim_ids(db, worker, 3) == [waiting, begun, other]
+    for seconds in (10, 20, 30):
+        at(db, seconds)
+        call(db, "restart_timeouts", worker, [other, waiting, waiting, None, 12345678])
+        maintain(db, seconds + 4)
+    assert [state(db, job) for job in (waiting, begun, other)] == ["running", "ready", "running"]
+    maintain(db, 44.9)
+    assert state(db, waiting) == "running"
+    maintain(db, 45.1)
+    assert [seen(db, job)["last_error"] for job in (waiting, other)] == [
+        f"timed out after 5 s; worker {worker} (w) did not stop it"
+    ] * 2
+
+
+def test_nobody_restarts_the_time_of_what_he_does_not_hold(db: Conn) -> None:
+    at(db, 0)
+    worker = _register(db, '{"a": 5}')
+    job, free = add(db, "a", run_at=PAST)["id"], add(db, "b", run_at=PAST)["id"]
+    assert claim_ids(db, worker) == [job]
+    at(db, 10)
+    call(db, "restart_timeouts", register(db), [job, free])
+    call(db, "restart_timeouts", worker, [job], [2])
+    call(db, "restart_timeouts", worker, None)
+    call(db, "restart_timeouts", 12345678, [job])
+    assert state(db, free) == "ready"
+    with refused(db, "22023", "attempts must name one attempt per job: 2 for 1 jobs"):
+        call(db, "restart_timeouts", worker, [job], [1, 1])
+    maintain(db, 16)
+    assert state(db, job) == "scheduled"
+
+
+def test_the_time_of_a_run_whose_row_somebody_holds_is_not_waited_for(db: Conn, connect: Connections) -> None:
+    at(db, 0)
+    worker = _register(db, '{"a": 5}')
+    jobs = [add(db, "a", run_at=PAST)["id"] for _ in range(2)]
+    assert claim_ids(db, worker, 2) == jobs
+    holder = connect(autocommit=False)
+    holder.execute("select from pgworker.job where id = %s for update", [jobs[0]])
+    at(db, 10)
+    call(db, "restart_timeouts", worker, jobs, [1, 1])
+    holder.rollback()
+    maintain(db, 16)
+    assert [state(db, job) for job in jobs] == ["scheduled", "running"]
