@@ -145,9 +145,9 @@ comment on function pgworker.tell_lost(bigint[]) is
 -- started or was stopped in good order. Otherwise a job whose attempts are used up fails with what happened to its worker
 -- (p_reason). Returns the ids.
 -- There is no index on locked_by (claims could not be HOT), so giving all back reads the live table once: it happens when
--- a worker has died or says goodbye. All rows are locked in one go, by id, whichever worker they belong to; rows that
--- somebody else holds at this moment are left, and with them the worker, for the next maintain(): nobody's rescue waits
--- for another transaction.
+-- a worker has died or says goodbye. All rows are locked in one go, by id, whichever worker they belong to; jobs whose row,
+-- or whose queue's, somebody else holds at this moment are left, and with them the worker, for the next maintain(): nobody's
+-- rescue waits for another transaction.
 create function pgworker.give_back(p_worker_ids bigint[], p_job_ids bigint[], p_refund boolean, p_reason text)
 returns bigint[]
 language plpgsql volatile parallel unsafe
@@ -166,8 +166,8 @@ declare
   v_records constant boolean := pgworker.records();
 begin
   if p_job_ids is null then
-    v_ids := array(select j.id from pgworker.job j where j.locked_by = any (p_worker_ids)
-                   order by j.id for update skip locked);
+    v_ids := pgworker.lock_free_queues(array(
+      select j.id from pgworker.job j where j.locked_by = any (p_worker_ids) order by j.id for update skip locked));
   else
     v_ids := array(select j.id from pgworker.job j where j.id = any (p_job_ids) and j.locked_by = any (p_worker_ids)
                    order by j.id for update);
@@ -249,14 +249,19 @@ declare
 begin
   v_gone := array(select w.id from unnest(p_worker_ids) as w(id)
                   except select j.locked_by from pgworker.job j where j.locked_by = any (p_worker_ids));
+  -- A claim in its name that found nothing may not have been committed yet.
+  delete from pgworker.interest i
+  where i.ctid = any (array(
+    select o.ctid from pgworker.interest o where o.worker_id = any (v_gone) for update skip locked));
+  v_gone := array(select w.id from unnest(v_gone) as w(id)
+                  except select i.worker_id from pgworker.interest i where i.worker_id = any (v_gone));
   delete from pgworker.notice n where n.worker_id = any (v_gone);
-  delete from pgworker.interest i where i.worker_id = any (v_gone);
   delete from pgworker.worker w where w.id = any (v_gone);
   return cardinality(v_gone) = cardinality(p_worker_ids);
 end
 $$;
 comment on function pgworker.forget_workers(bigint[]) is
-  'Internal: removes those of these workers that hold nothing any more; true if all are gone.';
+  'Internal: removes those of these workers that hold nothing any more and claim nothing; true if all are gone.';
 
 create function pgworker.unregister_worker(worker_id bigint) returns void
 language plpgsql volatile parallel unsafe security definer
@@ -354,14 +359,13 @@ begin
   loop
     if v_worker.lease is not null then
       continue when v_worker.present;
-    elsif v_worker.present then
-      if v_worker.missing_since is not null then
-        update pgworker.worker w set missing_since = null where w.id = v_worker.id;
-      end if;
-      continue;
-    elsif v_worker.missing_since is null then
-      update pgworker.worker w set missing_since = v_now where w.id = v_worker.id;
+    elsif v_worker.present = (v_worker.missing_since is not null) then
+      -- One that somebody else holds is looked at again the next time.
+      update pgworker.worker w set missing_since = case when not v_worker.present then v_now end
+      where w.ctid = any (array(select o.ctid from pgworker.worker o where o.id = v_worker.id for no key update skip locked));
       v_next := least(v_next, v_grace);
+      continue;
+    elsif v_worker.present then
       continue;
     elsif v_worker.missing_since + v_grace > v_now then
       v_next := least(v_next, v_worker.missing_since + v_grace - v_now);

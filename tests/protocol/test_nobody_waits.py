@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.calling import Conn, add, call, claim_ids, refused, register, rows, seen, state, value
-from tests.clock import maintain
+from tests.clock import at, maintain
 from tests.connections import Connections
 from tests.protocol.test_presence import leave
 from tests.sessions import Background
@@ -88,6 +88,75 @@ def test_a_farewell_does_not_wait_for_a_job_that_somebody_holds(db: Conn, connec
     maintain(db, 0)
     maintain(db, 6)
     assert state(db, held) == "ready"
+
+
+def test_a_rescue_does_not_wait_for_whoever_holds_a_queue(db: Conn, connect: Connections) -> None:
+    dying, leaving, admin, rescuer = connect(), connect(), connect(), hasty(connect)
+    worker, other = register(dying), register(leaving)
+    queued, overdue, plain = add(db, queue_name="q")["id"], add(db, "b", queue_name="r")["id"], add(db)["id"]
+    call(db, "configure_task", "b", timeout="1 minute")
+    at(leaving, 0)
+    assert claim_ids(dying, worker, 10, tasks=["a"]) == [queued, plain]
+    assert claim_ids(leaving, other, tasks=["b"]) == [overdue]
+    maintain(db, 0)
+    leave(db, dying)
+    maintain(rescuer, 0)
+    with admin.transaction():
+        call(admin, "pause_queue", "q")
+        call(admin, "pause_queue", "r")
+        maintain(rescuer, 6)
+        maintain(rescuer, 71)
+        assert [state(db, job) for job in (queued, overdue, plain)] == ["running", "running", "ready"]
+    maintain(rescuer, 73)
+    maintain(rescuer, 73)
+    assert [state(db, job) for job in (queued, overdue)] == ["ready", "scheduled"]
+    with refused(db, "PW002", f"worker {worker} is unknown"):
+        call(db, "heartbeat", worker)
+
+
+def test_a_farewell_does_not_wait_for_whoever_holds_a_queue(db: Conn, connect: Connections) -> None:
+    leaving, admin = hasty(connect), connect()
+    worker = register(leaving)
+    queued, plain = add(db, queue_name="q")["id"], add(db)["id"]
+    assert claim_ids(leaving, worker, 2) == [queued, plain]
+    with admin.transaction():
+        call(admin, "pause_queue", "q")
+        call(leaving, "unregister_worker", worker)
+        assert (state(db, queued), state(db, plain)) == ("running", "ready")
+    leave(db, leaving)
+    maintain(db, 0)
+    maintain(db, 6)
+    assert state(db, queued) == "ready"
+
+
+def test_a_rescue_does_not_wait_for_a_claim_that_found_nothing(db: Conn, connect: Connections) -> None:
+    claiming, rescuer = connect(), hasty(connect)
+    worker = register(db, lease="1 minute")
+    job = add(db)["id"]
+    assert claim_ids(claiming, worker, tasks=["a"]) == [job]
+    db.execute("update pgworker.worker set lease_until = '-infinity'")
+    with claiming.transaction():
+        assert claim_ids(claiming, worker, tasks=["b"]) == []
+        maintain(rescuer, 0)
+        maintain(rescuer, 6)
+        assert state(db, job) == "ready"
+    maintain(rescuer, 7)
+    for table in ("worker", "interest"):
+        assert value(db, f"select count(*) from pgworker.{table}") == 0
+
+
+def test_a_rescue_does_not_wait_for_a_farewell(db: Conn, connect: Connections) -> None:
+    dying, leaving, other, rescuer = connect(), connect(), connect(), hasty(connect)
+    worker, second = register(dying), register(other)
+    job = add(db)["id"]
+    assert claim_ids(other, second) == [job]
+    leave(db, dying)
+    leave(db, other)
+    with leaving.transaction():
+        call(leaving, "unregister_worker", worker)
+        maintain(rescuer, 0)
+        maintain(rescuer, 6)
+        assert state(db, job) == "ready"
 
 
 def test_a_release_of_an_older_attempt_changes_nothing(tx: Conn) -> None:
