@@ -101,6 +101,22 @@ def test_a_worker_that_comes_back_within_the_grace_keeps_its_jobs(db: Conn, conn
     assert state(db, job) == "ready"
 
 
+def test_the_grace_begins_anew_though_nobody_looked_while_the_worker_was_back(db: Conn, connect: Connections) -> None:
+    """As when the server crashes twice."""
+    first, second = connect(), connect()
+    worker = register(first)
+    job = add(db)["id"]
+    assert claim_ids(first, worker) == [job]
+    leave(db, first)
+    maintain(db, 0)
+    assert call(second, "heartbeat", worker) == []
+    leave(db, second)
+    maintain(db, 6)
+    assert state(db, job) == "running"
+    maintain(db, 11)
+    assert state(db, job) == "ready"
+
+
 def test_a_worker_may_hold_two_sessions_while_the_old_one_dies(db: Conn, connect: Connections) -> None:
     first, second = connect(), connect()
     worker = register(first)
@@ -181,8 +197,10 @@ def test_a_lease_keeps_a_worker_alive_as_long_as_it_is_renewed(db: Conn, connect
         assert call(db, "heartbeat", worker) == []
     assert state(db, job) == "running"
     maintain(db, 87 + 29.9)
+    maintain(db, 87 + 30)  # noticed
+    maintain(db, 87 + 34.9)
     assert state(db, job) == "running"
-    maintain(db, 87 + 30)
+    maintain(db, 87 + 35)
     assert state(db, job) == "ready"
     with refused(db, "PW002", f"worker {worker} is unknown", hint="register anew"):
         call(db, "heartbeat", worker)
@@ -197,6 +215,26 @@ def test_a_lease_that_lapsed_unnoticed_can_still_be_renewed(db: Conn) -> None:
     call(db, "heartbeat", worker)
     maintain(db, 101)
     assert state(db, job) == "running"
+
+
+def test_leases_that_lapsed_while_the_server_was_away_cost_nobody_a_live_job(db: Conn) -> None:
+    """Or while it waited for its disk: nobody could renew his, and somebody is the first to come back."""
+    at(db, 0)
+    worker = register(db, lease="30 seconds")
+    job = add(db)["id"]
+    assert claim_ids(db, worker) == [job]
+    for seconds in (100, 104):
+        maintain(db, seconds)
+    at(db, 104.5)
+    call(db, "heartbeat", worker)
+    for seconds in (105, 134):
+        maintain(db, seconds)
+    assert state(db, job) == "running"
+    maintain(db, 200)
+    maintain(db, 204)
+    assert state(db, job) == "running"  # the grace begins anew
+    maintain(db, 205)
+    assert state(db, job) == "ready"
 
 
 def test_a_worker_with_a_lease_needs_no_session(db: Conn, connect: Connections) -> None:
