@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import tuple_row
 
 from pgworker_client.database import LOST, Database
-from pgworker_client.errors import LinkDown, is_passing, keeps_connection, one_line
+from pgworker_client.errors import LOCKED, LinkDown, is_passing, keeps_connection, one_line
 
 #: Given to libpq unless the connection string says otherwise: a peer that vanished without a word is noticed within
 #: half a minute rather than after the two hours of the kernel's defaults.
@@ -117,15 +117,26 @@ class Link:
         return self._conn
 
     async def fetch(
-        self, query: str, params: Sequence[Any] = (), *, prepare: bool = True, binary: bool = False
+        self,
+        query: str,
+        params: Sequence[Any] = (),
+        *,
+        prepare: bool = True,
+        binary: bool = False,
+        hasty: bool = False,
     ) -> list[tuple[Any, ...]]:
-        """The rows of one statement. LinkDown for what passes; psycopg's error for what repetition will not cure."""
+        """The rows of one statement. LinkDown for what passes; psycopg's error for what repetition will not cure.
+
+        ``hasty``: also psycopg's error when somebody else has locked a row, which is no trouble with the connection.
+        """
         conn = await self.connection()
         try:
             cur = psycopg.AsyncCursor(conn, row_factory=tuple_row)
             await cur.execute(query, params, prepare=prepare and not self._database.pooled, binary=binary)
             rows = await cur.fetchall()
         except psycopg.Error as exc:
+            if hasty and exc.sqlstate == LOCKED:
+                raise
             raise await self.judge(conn, exc) from exc
         self.works()
         return rows

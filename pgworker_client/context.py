@@ -13,20 +13,25 @@ import psycopg
 
 from pgworker_client.connection import Link
 from pgworker_client.enqueue import JobOptions, add_job
-from pgworker_client.errors import NOT_HELD, JobLost, LinkDown
+from pgworker_client.errors import LOCKED, NOT_HELD, JobLost, LinkDown
 from pgworker_client.handler_connections import AsyncConnection, HandlerConnections, SyncConnection
 from pgworker_client.hooks import Hooks
 from pgworker_client.job import ATTEMPTS, ID, PROGRESS, TASK, Job, JobRow, Row, decode, to_json
 from pgworker_client.logs import Log
 from pgworker_client.node import NodeLike
 from pgworker_client.outcome import WaitsForChildren
+from pgworker_client.reports import LITTLE_PATIENCE
 from pgworker_client.trees import add_children, children, get_children_values, get_failed_children_values
 
 T = TypeVar("T")
 
-_PROGRESS = "select pgworker.set_progress(%s, %s, %s::jsonb)"
+#: Where somebody else has locked the job's row, what other jobs have to say must not wait behind it.
+_HASTILY = f" where set_config('lock_timeout', '{LITTLE_PATIENCE}', true) <> ''"
+_PROGRESS = "select pgworker.set_progress(%s, %s, %s::jsonb)" + _HASTILY
 _COMPLETE = "select pgworker.complete_job(%s, %s, %s::jsonb, %s)"
-_WAIT = "select pgworker.wait_for_children(%s, %s, %s)"
+_WAIT = "select pgworker.wait_for_children(%s, %s, %s)" + _HASTILY
+#: Seconds until it is tried once more.
+_LATER = 0.2
 
 #: The fate of a run that has ended in `wait_for_children`: its job is the database's.
 WAITING = "waiting"
@@ -110,12 +115,12 @@ class Context:
         while True:
             self.check_held()
             try:
-                await self._around.link.fetch(_PROGRESS, (self._worker_id, self._row[ID], text))
+                await self._around.link.fetch(_PROGRESS, (self._worker_id, self._row[ID], text), hasty=True)
                 return
             except LinkDown:  # the same value once more does no harm
                 continue
             except psycopg.Error as exc:
-                raise self.judge(exc) from exc
+                await self._later(exc)
 
     async def add_job(self, identifier: str, payload: Any = None, **options: Unpack[JobOptions]) -> JobRow:
         """Add a job, committed at once; arguments and result are those of `pgworker_client.add_job`."""
@@ -162,14 +167,15 @@ class Context:
             self.check_held()
             try:
                 ((waits,),) = await self._around.link.fetch(
-                    _WAIT, (self._worker_id, self._row[ID], self._row[ATTEMPTS])
+                    _WAIT, (self._worker_id, self._row[ID], self._row[ATTEMPTS]), hasty=True
                 )
             except LinkDown as down:
                 unknown = unknown or down.unknown
                 continue
             except psycopg.Error as exc:
                 if not unknown or exc.sqlstate != NOT_HELD:
-                    raise self.judge(exc) from exc
+                    await self._later(exc)
+                    continue
                 waits = True  # the call whose answer was lost has done it
             if not waits:
                 return
@@ -226,6 +232,12 @@ class Context:
             raise RuntimeError(f"job {self._row[ID]} was completed by an earlier ctx.transaction()")
         text = None if result is None else to_json("result", result)
         return self._worker_id, self._row[ID], text, self._row[ATTEMPTS]
+
+    async def _later(self, exc: psycopg.Error) -> None:
+        """Wait a moment if somebody else has locked the job; raise what `judge` says of any other error."""
+        if exc.sqlstate != LOCKED:
+            raise self.judge(exc) from exc
+        await asyncio.sleep(_LATER)
 
     def judge(self, exc: psycopg.Error) -> Exception:
         """JobLost in place of the database's way of saying it, else the error itself."""

@@ -8,13 +8,15 @@ import psycopg
 NOT_HELD = "PW001"
 UNKNOWN_WORKER = "PW002"
 INCOMPATIBLE = "PW004"
+#: Somebody else has locked a row, for longer than the statement waits.
+LOCKED = "55P03"
 
 #: The state of the server, not the statement, is the reason: the same statement may succeed later. Read-only
 #: transaction (a standby), deadlock and serialization, resources, object in use, operator intervention, system error.
 _PASSING = ("25006", "40", "53", "55", "57", "58", "08")
 
 #: Of those, the ones that leave a connection which is as good as before.
-_SAME_CONNECTION = ("40", "55P03", "57014")
+_SAME_CONNECTION = ("40", LOCKED, "57014")
 
 
 class PgworkerError(Exception):

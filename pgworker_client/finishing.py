@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections import deque
 from collections.abc import Callable
 
 import psycopg
 
 from pgworker_client.connection import Link
-from pgworker_client.errors import NOT_HELD, LinkDown, one_line
+from pgworker_client.errors import LOCKED, NOT_HELD, LinkDown, one_line
 from pgworker_client.hooks import Hooks, JobEventName
 from pgworker_client.job import ATTEMPTS, ID, MAX_ATTEMPTS, PARENT, QUEUE, TASK, Row
 from pgworker_client.logs import Log
-from pgworker_client.reports import Cancelled, Finish, Outbox, Released, Report, Special
+from pgworker_client.reports import LITTLE_PATIENCE, PATIENCE, Cancelled, Finish, Outbox, Released, Report, Special
 
 #: What hooks are told of an outcome; any other is the state of a job that is to run again.
 _EVENTS: dict[str, JobEventName] = {
     "completed": "completed", "failed": "failed", "cancelled": "cancelled", "lost": "lost",
 }  # fmt: skip
+#: Seconds until the report of a job that somebody else has locked is tried once more.
+_LATER = 1.0
 
 
 class Finisher:
     """Sends the outboxes. Nothing waits for a batch to fill; what gathers while a report is under way is the next one.
 
     A report that was under way when the connection broke is sent again: the database fences it by worker and attempt,
-    so that it counts once at most.
+    so that it counts once at most. A job that somebody else has locked, in a transaction that may never end, keeps no
+    other from being reported.
     """
 
     def __init__(
@@ -47,6 +52,11 @@ class Finisher:
         self.asleep = False
         self._old: list[Outbox] = []
         self._under_way: deque[tuple[int, Report, bool]] = deque()
+        #: Those of jobs that somebody else has locked, and when they are tried once more.
+        self._locked: list[tuple[int, Report, bool]] = []
+        self._try_locked_at = 0.0
+        self._told: set[int] = set()
+        self._patience = PATIENCE
         self._wake = asyncio.Event()
         self._closing = False
 
@@ -64,11 +74,12 @@ class Finisher:
     @property
     def pending(self) -> int:
         """How many jobs have ended here and are not known to the database yet."""
-        return len(self.outbox) + sum(len(report.rows()) for _, report, _ in self._under_way) + sum(map(len, self._old))
+        sent = sum(len(report.rows()) for _, report, _ in (*self._under_way, *self._locked))
+        return len(self.outbox) + sent + sum(map(len, self._old))
 
     def unreported(self) -> set[int]:
         """The ids of those jobs."""
-        ids = {row[ID] for _, report, _ in self._under_way for row in report.rows()}
+        ids = {row[ID] for _, report, _ in (*self._under_way, *self._locked) for row in report.rows()}
         for box in (self.outbox, *self._old):
             ids.update(box.ids())
         return ids
@@ -94,19 +105,28 @@ class Finisher:
         while True:
             self._collect()
             if not self._under_way:
-                if self._closing:
+                if self._closing and not self._locked:
                     return
-                self._wake.clear()
-                self.asleep = True
-                await self._wake.wait()
-                self.asleep = False
+                await self._sleep()
                 continue
             more = False
             while self._under_way:
                 more = await self._send_first() or more
             self._on_flushed(more)
 
+    async def _sleep(self) -> None:
+        self._wake.clear()
+        self.asleep = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._try_locked_at - time.monotonic() if self._locked else None):
+                await self._wake.wait()
+        self.asleep = False
+
     def _collect(self) -> None:
+        self._patience = LITTLE_PATIENCE if self._locked else PATIENCE
+        if self._locked and time.monotonic() >= self._try_locked_at:
+            self._under_way.extend(self._locked)
+            self._locked.clear()
         for box in (*self._old, self.outbox):
             for report in box.take():
                 self._under_way.append((box.worker_id, report, False))
@@ -116,7 +136,7 @@ class Finisher:
         """Send the first report; returns whether its jobs may have made others claimable."""
         worker_id, report, again = self._under_way[0]
         try:
-            rows = await self._link.fetch(report.QUERY, report.params(worker_id))
+            rows = await self._link.fetch(report.QUERY, (self._patience, *report.params(worker_id)), hasty=True)
         except LinkDown as down:
             if down.unknown and isinstance(report, Released):
                 # Not sent again: what was given back may have been claimed anew by then, in the same attempt.
@@ -127,19 +147,44 @@ class Finisher:
             return False
         except psycopg.Error as exc:
             self._under_way.popleft()
-            self._refused(worker_id, report, again, exc)
+            if exc.sqlstate == LOCKED:
+                self._held_up(worker_id, report, again)
+            else:
+                self._refused(worker_id, report, again, exc)
             return False
         self._under_way.popleft()
+        if self._told:
+            self._told.difference_update([row[ID] for row in report.rows()])
         outcomes = {row[0]: row[1] for row in rows if row[0] is not None}
         if outcomes or self._hooks is not None:
             self._tell(report, outcomes, again)
         return not isinstance(report, Finish) or bool(outcomes) or _frees_others(report)
 
+    def _held_up(self, worker_id: int, report: Report, again: bool) -> None:
+        """Somebody else has locked a job of these, or its queue."""
+        self._patience = LITTLE_PATIENCE  # they have waited together
+        rows = report.rows()
+        if len(rows) > 1:
+            self._halve(worker_id, report, again)
+            return
+        if not self._locked:
+            self._try_locked_at = time.monotonic() + _LATER
+        self._locked.append((worker_id, report, again))
+        row = rows[0]
+        if row[ID] not in self._told:
+            self._told.add(row[ID])
+            self._log.of_job(row[TASK], row[ID]).warning(
+                "somebody else has locked this job, or its queue, and does not end the transaction: its report waits"
+            )
+
+    def _halve(self, worker_id: int, report: Report, again: bool) -> None:
+        first, second = report.halves()
+        self._under_way.extendleft([(worker_id, second, again), (worker_id, first, again)])
+
     def _refused(self, worker_id: int, report: Report, again: bool, exc: psycopg.Error) -> None:
         rows = report.rows()
         if len(rows) > 1:
-            first, second = report.halves()
-            self._under_way.extendleft([(worker_id, second, again), (worker_id, first, again)])
+            self._halve(worker_id, report, again)
             return
         row = rows[0]
         if exc.sqlstate == NOT_HELD:

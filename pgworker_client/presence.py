@@ -19,7 +19,7 @@ from pgworker_client.database import Database
 from pgworker_client.errors import INCOMPATIBLE, UNKNOWN_WORKER, LinkDown, NotInstalled, one_line
 from pgworker_client.logs import Log
 from pgworker_client.loop_watch import LoopWatch
-from pgworker_client.reports import Released
+from pgworker_client.reports import PATIENCE, Released
 from pgworker_client.settings import Settings
 
 #: The number by which client and schema know whether they understand each other.
@@ -138,7 +138,7 @@ class Presence:
         if rows and self.worker_id is not None:
             released = Released(rows)
             try:
-                await self._link.fetch(released.QUERY, released.params(self.worker_id))
+                await self._link.fetch(released.QUERY, (PATIENCE, *released.params(self.worker_id)))
             except LinkDown as down:
                 if not down.unknown:
                     raise

@@ -15,6 +15,11 @@ from pgworker_client.job import ATTEMPTS, ID, Row
 from pgworker_client.outcome import Fail, Retry, storable
 from pgworker_client.settings import quoted
 
+#: Milliseconds that a report waits for rows which somebody else has locked; and one that has waited before.
+PATIENCE, LITTLE_PATIENCE = "500", "20"
+#: The first parameter is one of these, the second the worker. Set for the statement only, as a pooler demands.
+_HOLDER = "(select case when set_config('lock_timeout', %s, true) <> '' then %s::bigint end) as holder(id)"
+
 #: A statement may hold a gigabyte; results beyond this many characters go into the next one.
 _RESULTS_LIMIT = 16_000_000
 
@@ -33,8 +38,8 @@ class Finish:
     errors: list[str]
 
     QUERY = (
-        "select job_id, outcome from pgworker.finish_jobs(%s, %s::bigint[], %s::jsonb[], %s::bigint[], %s::text[], "
-        "%s::int[]) where outcome <> 'completed'"
+        f"select job_id, outcome from {_HOLDER}, pgworker.finish_jobs(holder.id, %s::bigint[], %s::jsonb[], "
+        "%s::bigint[], %s::text[], %s::int[]) where outcome <> 'completed'"
     )
 
     def params(self, worker_id: int) -> tuple[Any, ...]:
@@ -95,8 +100,9 @@ class Special:
     entries: list[SpecialEntry]
 
     QUERY = (
-        "select (f).id, (f).state from (select pgworker.fail_job(%s, s.id, s.error, coalesce(s.retry_at, "
-        "clock_timestamp() + s.delay * interval '1 second'), s.permanent, s.payload, s.attempt) as f from unnest("
+        "select (f).id, (f).state from (select pgworker.fail_job(holder.id, s.id, s.error, coalesce(s.retry_at, "
+        "clock_timestamp() + s.delay * interval '1 second'), s.permanent, s.payload, s.attempt) as f "
+        f"from {_HOLDER}, unnest("
         "%s::bigint[], %s::text[], %s::float8[], %s::timestamptz[], %s::bool[], %s::jsonb[], %s::int[]) "
         "as s(id, error, delay, retry_at, permanent, payload, attempt) order by s.id) as reported"
     )
@@ -140,8 +146,9 @@ class Cancelled:
     entries: list[tuple[Row, str | None]]
 
     QUERY = (
-        "select (c).id, (c).state from (select pgworker.cancel_job(%s, s.id, s.reason, s.attempt) as c from unnest("
-        "%s::bigint[], %s::text[], %s::int[]) as s(id, reason, attempt) order by s.id) as reported"
+        "select (c).id, (c).state from (select pgworker.cancel_job(holder.id, s.id, s.reason, s.attempt) as c "
+        f"from {_HOLDER}, unnest(%s::bigint[], %s::text[], %s::int[]) as s(id, reason, attempt) order by s.id) "
+        "as reported"
     )
 
     def params(self, worker_id: int) -> tuple[Any, ...]:
@@ -170,7 +177,7 @@ class Released:
 
     given_back: list[Row]
 
-    QUERY = "select null::bigint, null::text from pgworker.release_jobs(%s, %s::bigint[], %s::int[])"
+    QUERY = f"select null::bigint, null::text from {_HOLDER}, pgworker.release_jobs(holder.id, %s::bigint[], %s::int[])"
 
     def params(self, worker_id: int) -> tuple[Any, ...]:
         return worker_id, "{" + _numbers(self.given_back, ID) + "}", "{" + _numbers(self.given_back, ATTEMPTS) + "}"

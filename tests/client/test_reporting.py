@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 
-from pgworker_client import Cancel, Context, Fail, Retry, Worker, add_jobs
+from pgworker_client import BlockingContext, Cancel, Context, Fail, Retry, Worker, add_jobs
 from pgworker_client.connection import Link
 from pgworker_client.errors import LinkDown
 from pgworker_client.reports import Cancelled, Finish, Outbox, Special
@@ -174,7 +175,7 @@ def wrapped(db: Db, function: str, body: str) -> None:
     )
 
 
-@pytest.mark.parametrize("sqlstate", ["40P01", "40001", "55P03"])
+@pytest.mark.parametrize("sqlstate", ["40P01", "40001"])
 @pytest.mark.parametrize("function", ["finish_jobs", "fail_job", "cancel_job"])
 def test_a_report_that_meets_somebody_elses_locks_is_sent_again_whole(
     dsn: str, db: Db, function: str, sqlstate: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -215,8 +216,10 @@ def test_a_report_that_meets_somebody_elses_locks_is_sent_again_whole(
 
 
 def test_a_report_that_is_a_deadlocks_victim_is_sent_again(
-    dsn: str, db: Db, connect: Connections, start: Callable[[Worker], Background], caplog: pytest.LogCaptureFixture
-) -> None:
+    dsn: str, db: Db, connect: Connections, start: Callable[[Worker], Background], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pgworker_client.finishing.PATIENCE", "60000")  # longer than the server takes to notice
     gates: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
     first, second = add_jobs(db, [{"identifier": "t"}] * 2)
 
@@ -282,3 +285,83 @@ def test_an_older_run_of_a_job_cannot_end_a_newer_one(dsn: str, db: Db) -> None:
     Worker(dsn, tasks={"t": handler}, poll_interval=0.05, concurrency=2).run_once()
     assert runs == [1, 2]
     assert db.execute("select state, result from pgworker.jobs").fetchall() == [("completed", "second")]
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        "select pgworker.cancel_jobs(array(select id from pgworker.jobs where key = 'k'))",
+        "select pgworker.pause_queue('q')",
+        "select pgworker.add_job('later', job_key => 'k')",
+        "select from pgworker.job where key = 'k' for update",
+    ],
+)
+def test_a_job_that_somebody_holds_keeps_no_other_from_being_reported(
+    dsn: str, db: Db, connect: Connections, start: Callable[[Worker], Background], does: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    begun, go = threading.Event(), threading.Event()
+    worker = Worker(dsn, poll_interval=0.05)
+
+    @worker.task
+    def held(payload: Any, _ctx: BlockingContext) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return payload
+
+    @worker.task
+    async def t(payload: int, _ctx: Context) -> Any:
+        if payload % 3 == 1:
+            raise Fail("never")
+        if payload % 3 == 2:
+            raise Cancel("no need")
+
+    (job,) = add_jobs(db, [{"identifier": "held", "queue_name": "q", "job_key": "k"}])
+    background = start(worker)
+    assert begun.wait(20)
+    lingering = connect(autocommit=False)
+    lingering.execute(does.encode())
+    add_jobs(db, [{"identifier": "t", "payload": n} for n in range(100)])
+    go.set()
+    add_jobs(db, [{"identifier": "t", "payload": n} for n in range(1000)])
+    until_row(db, "select 1 where not exists (select from pgworker.job where task_identifier = 't')")
+    until(lambda: "its report waits" in caplog.text, "the report that waits")
+    assert db.execute("select state from pgworker.jobs where id = %s", [job.id]).fetchone() == ("running",)
+    lingering.commit()
+    until_row(db, "select 1 where not exists (select from pgworker.job where id = %s)", job.id)
+    assert caplog.text.count("its report waits") == 1
+    assert "trying again" not in caplog.text
+    worker.stop()
+    background.join()
+
+
+def test_progress_of_a_job_that_somebody_holds_keeps_no_other_from_being_reported(
+    dsn: str, db: Db, connect: Connections, start: Callable[[Worker], Background]
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    worker = Worker(dsn, poll_interval=0.05)
+
+    @worker.task
+    def held(_payload: Any, ctx: BlockingContext) -> None:
+        begun.set()
+        assert go.wait(60)
+        ctx.progress("at last")
+        ctx.wait_for_children()
+
+    @worker.task
+    async def t(_payload: Any, _ctx: Context) -> None:
+        pass
+
+    (job,) = add_jobs(db, [{"identifier": "held"}])
+    background = start(worker)
+    assert begun.wait(20)
+    lingering = connect(autocommit=False)
+    lingering.execute("select from pgworker.job where id = %s for update", [job.id])
+    go.set()
+    for _ in range(3):
+        add_jobs(db, [{"identifier": "t"}] * 10)
+        until_row(db, "select 1 where not exists (select from pgworker.job where task_identifier = 't')")
+    lingering.commit()
+    until_row(db, "select 1 where not exists (select from pgworker.job where id = %s)", job.id)
+    worker.stop()
+    background.join()
