@@ -4,6 +4,7 @@
 --   and_more        some of many, as a sentence lists them
 --   named           jobs, as a sentence names them
 --   flags_are       flags, as a sentence names them
+--   locked_by_whom  who has locked a row
 --   why_waiting     what a job of a tree waits for
 --   why_limited     at which limits it stands
 --   why_unclaimed   what keeps a job that waits for nothing from being claimed
@@ -47,6 +48,21 @@ language sql immutable parallel safe
 return case when cardinality(p_flags) = 1 then 'flag ' || p_flags[1] || ' is'
             else 'flags ' || pgworker.and_more(p_flags, cardinality(p_flags)) || ' are' end;
 comment on function pgworker.flags_are(text[]) is 'Internal: "flag slow is", "flags slow and big are".';
+
+-- Who changes or locks a row writes his transaction's number on it, and holds the lock of that number while it goes on.
+create function pgworker.locked_by_whom(p_what text, p_xmax xid) returns text
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select format('%s is locked by session %s, whose transaction has not ended: claims pass over it', p_what, l.pid)
+          from pg_catalog.pg_locks l
+          where l.locktype = 'transactionid' and l.transactionid = p_xmax and l.mode = 'ExclusiveLock' and l.granted
+            and l.pid <> pg_backend_pid());
+end
+$$;
+comment on function pgworker.locked_by_whom(text, xid) is
+  'Internal: says who has locked a row, by its xmax; null if nobody else has.';
 
 create function pgworker.why_waiting(p_id bigint) returns text
 language plpgsql stable parallel safe
@@ -145,7 +161,8 @@ declare
   v_head   bigint;
   v_causes text[] := array[]::text[];
 begin
-  select j.task_identifier, j.priority, j.run_at, j.queue_name, j.lane, j.flags, j.attempts, j.max_attempts, j.last_error
+  select j.task_identifier, j.priority, j.run_at, j.queue_name, j.lane, j.flags, j.attempts, j.max_attempts, j.last_error,
+         pgworker.locked_by_whom('it', j.xmax) as locked
   into v_job
   from pgworker.job j where j.id = p_id;
   if v_job.run_at > v_now then
@@ -157,7 +174,8 @@ begin
   if v_job.task_identifier = any (v_paused) then
     v_causes := v_causes || format('task %s is paused', v_job.task_identifier);
   end if;
-  select q.paused, q.job_id into v_queue from pgworker.queue q where q.name = v_job.queue_name;
+  select q.paused, q.job_id, pgworker.locked_by_whom('queue ' || q.name, q.xmax) as locked into v_queue
+  from pgworker.queue q where q.name = v_job.queue_name;
   if v_queue.paused then
     v_causes := v_causes || format('queue %s is paused', v_job.queue_name);
   end if;
@@ -165,6 +183,7 @@ begin
     v_causes := v_causes || format('behind job %s, which runs in queue %s', v_queue.job_id, v_job.queue_name);
   end if;
 
+  v_causes := v_causes || array_remove(array[v_job.locked, v_queue.locked], null);
   v_causes := v_causes || pgworker.why_limited(p_id, v_now);
   v_flags := array(select u.flag from unnest(v_job.flags) with ordinality as u(flag, n)
                    where u.flag = any (v_forbidden) order by u.n);

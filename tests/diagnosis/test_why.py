@@ -239,6 +239,32 @@ def test_what_has_ended_says_how(tx: Conn) -> None:
     assert re.fullmatch("failed" + at + " after 0 attempts: by hand", why(tx, job))
 
 
+def test_a_job_that_somebody_has_locked(db: Conn, connect: Connections) -> None:
+    """An idle transaction, or a claim whose client does not read the answer: claims pass over it."""
+    claim_ids(db, register(db), tasks=["b"])
+    other, held = connect(), connect(autocommit=False)
+    worker = register(other)
+    claim_ids(other, worker)
+    job, queued = add(db)["id"], add(db, queue_name="q")["id"]
+    locked = f"is locked by session {held.info.backend_pid}, whose transaction has not ended: claims pass over it"
+    held.execute("select from pgworker.job where id = %s for update", [job])
+    assert why(db, job) == f"it {locked}"
+    assert why(held, job).startswith("ready")  # whoever asks is not in his own way
+    assert why(db, queued).startswith("ready")
+    held.rollback()
+    assert why(db, job).startswith("ready")
+    claim_ids(held, worker, 2)
+    assert why(db, job) == f"it {locked}"
+    held.rollback()
+    call(db, "resume_queue", "q")
+    assert claim_ids(other, worker, 2) == [job, queued]
+    call(other, "release_jobs", worker, [queued])
+    call(held, "pause_queue", "q")
+    assert why(db, queued) == f"queue q {locked}"
+    held.rollback()
+    assert why(db, queued).startswith("ready")
+
+
 def test_unknown_and_null(tx: Conn) -> None:
     assert why(tx, 12345678) == "no job 12345678: there never was one, or it has ended and is not kept"
     assert why(tx, None) is None
