@@ -23,6 +23,8 @@ _EVENTS: dict[str, JobEventName] = {
 }  # fmt: skip
 #: Seconds until the report of a job that somebody else has locked is tried once more.
 _LATER = 1.0
+#: How often in a row it is tried to find out which jobs these are: all may be, one after the other.
+_TRIES = 20
 
 
 class Finisher:
@@ -57,6 +59,7 @@ class Finisher:
         self._try_locked_at = 0.0
         self._told: set[int] = set()
         self._patience = PATIENCE
+        self._tries = _TRIES
         self._wake = asyncio.Event()
         self._closing = False
 
@@ -123,7 +126,7 @@ class Finisher:
         self.asleep = False
 
     def _collect(self) -> None:
-        self._patience = LITTLE_PATIENCE if self._locked else PATIENCE
+        self._patience, self._tries = LITTLE_PATIENCE if self._locked else PATIENCE, _TRIES
         if self._locked and time.monotonic() >= self._try_locked_at:
             self._under_way.extend(self._locked)
             self._locked.clear()
@@ -163,18 +166,19 @@ class Finisher:
     def _held_up(self, worker_id: int, report: Report, again: bool) -> None:
         """Somebody else has locked a job of these, or its queue."""
         self._patience = LITTLE_PATIENCE  # they have waited together
+        self._tries -= 1
         rows = report.rows()
-        if len(rows) > 1:
+        if len(rows) > 1 and self._tries > 0:
             self._halve(worker_id, report, again)
             return
         if not self._locked:
             self._try_locked_at = time.monotonic() + _LATER
         self._locked.append((worker_id, report, again))
         row = rows[0]
-        if row[ID] not in self._told:
+        if len(rows) == 1 and row[ID] not in self._told:
             self._told.add(row[ID])
             self._log.of_job(row[TASK], row[ID]).warning(
-                "somebody else has locked this job, or its queue, and does not end the transaction: its report waits"
+                "somebody else has locked this job, its queue or its place in a tree: its report waits"
             )
 
     def _halve(self, worker_id: int, report: Report, again: bool) -> None:

@@ -365,3 +365,37 @@ def test_progress_of_a_job_that_somebody_holds_keeps_no_other_from_being_reporte
     until_row(db, "select 1 where not exists (select from pgworker.job where id = %s)", job.id)
     worker.stop()
     background.join()
+
+
+def test_many_jobs_that_somebody_holds_are_reported_when_they_are_free(
+    dsn: str, db: Db, connect: Connections, start: Callable[[Worker], Background], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgworker_client.finishing._TRIES", 3)  # not enough to find out which of them
+    gates: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+    worker = Worker(dsn, poll_interval=0.05, concurrency=41)
+
+    @worker.task
+    async def held(_payload: Any, _ctx: Context) -> None:
+        if not gates:
+            gates.append((asyncio.get_running_loop(), asyncio.Event()))
+        await gates[0][1].wait()
+
+    @worker.task
+    async def t(_payload: Any, _ctx: Context) -> None:
+        pass
+
+    add_jobs(db, [{"identifier": "held"}] * 40)
+    background = start(worker)
+    until_row(db, "select 1 from pgworker.jobs having count(*) filter (where state = 'running') = 40")
+    until(lambda: gates, "the handlers run")
+    lingering = connect(autocommit=False)
+    lingering.execute("select from pgworker.job for update")
+    loop, gate = gates[0]
+    loop.call_soon_threadsafe(gate.set)
+    for _ in range(3):
+        add_jobs(db, [{"identifier": "t"}] * 10)
+        until_row(db, "select 1 where not exists (select from pgworker.job where task_identifier = 't')")
+    lingering.commit()
+    until_row(db, "select 1 where not exists (select from pgworker.job)")
+    worker.stop()
+    background.join()
