@@ -101,13 +101,19 @@ def _taken(trial: Trial, others: contextlib.ExitStack) -> bool:
 
 
 def idle_in_transaction(_ground: Ground, trial: Trial) -> None:
-    """A session holds a snapshot, and the rows of some jobs, while most of the others run."""
-    with trial.connect() as holder:
+    """Sessions hold a snapshot, and the rows of some jobs, also of running ones, while most of the others run."""
+    with trial.connect() as holder, trial.connect() as other:
         holder.execute("begin isolation level repeatable read")
         holder.execute("select from pgworker.job where task_identifier = 'record' order by id limit 20 for update")
         with trial.fleet(trial.dsn(), 2):
             with trial.fault():
-                trial.underway(0.7)
+                other.execute("begin")
+                for (worker,) in other.execute("select id from pgworker.presence where present").fetchall():
+                    running = f"select from pgworker.job where locked_by = {worker} limit 2 for update skip locked"
+                    until(lambda query=running: other.execute(query.encode()).rowcount > 0, "jobs that run")  # type: ignore[misc]
+                live = "select count(*) from pgworker.job"
+                until(lambda: trial.value(live) < trial.jobs * 0.3, "the end of most", timeout=120)
+                other.execute("rollback")
                 holder.execute("rollback")
             trial.finish()
 
