@@ -166,9 +166,9 @@ def _behind_a_rate(conn: Conn) -> None:
 
 
 def _fill_limited(conn: Conn, jobs: int, *, keys: int, running: int) -> None:
-    conn.execute(
-        "select count(*) from pgworker.add_jobs((select jsonb_agg(jsonb_build_object("
-        "'identifier', 'limited', 'limit_key', mod(n, %s)::text)) from generate_series(1, %s) n))",
+    conn.execute(  # due for long: what became due in the last second is looked at with every claim
+        "select count(*) from pgworker.add_jobs((select jsonb_agg(jsonb_build_object('identifier', 'limited', "
+        "'limit_key', mod(n, %s)::text, 'run_at', now() - interval '1 hour')) from generate_series(1, %s) n))",
         [keys, jobs],
     )
     worker = register(conn)
