@@ -13,7 +13,7 @@ from pathlib import Path
 from bench import machine, results
 from bench.adding import adding, latency
 from bench.claims import claims
-from bench.draining import foreign, held, history, throughput
+from bench.draining import batches, foreign, held, history, throughput
 from bench.limits import fairness, limits
 from bench.payloads import payloads
 from bench.peers import PeerMissingError, peers
@@ -29,6 +29,7 @@ from pgworker_client.installations import NoPostgresError
 
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "throughput": throughput,
+    "batches": batches,
     "adding": adding,
     "latency": latency,
     "payloads": payloads,

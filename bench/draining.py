@@ -33,6 +33,15 @@ def throughput(bench: Bench) -> None:
                     bench.note(row, side, drain(bench, side, conn, processes))
 
 
+def batches(bench: Bench) -> None:
+    """Drain with one process that claims many jobs ahead, as it does by default, then fewer, by turns."""
+    for run in range(bench.runs):
+        for buffer in bench.sizes.buffers[:: 1 if run % 2 == 0 else -1]:
+            side = replace(bench.ours, environment={**bench.ours.environment, "BENCH_BUFFER": str(buffer)})
+            with side.connect(bench.server) as conn:
+                bench.note(f"buffer_{buffer}", side, drain(bench, side, conn, 1))
+
+
 def history(bench: Bench) -> None:
     """Drain with one process with history off, as it is, and with every job and every attempt kept, by turns."""
     kinds = {"history_off": ("off", "0"), "history": ("on", "0"), "history_kept": ("on", "1 day")}

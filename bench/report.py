@@ -25,10 +25,15 @@ class Row:
 def questions(sizes: Sizes) -> dict[str, list[Row]]:
     """Return the rows that a whole run has, by the measurement that they are from."""
     passed = sizes.rounds * sizes.jobs
+    buffer, *smaller = sizes.buffers
     return {
         "throughput": [
             Row("throughput_1", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
             Row("throughput_many", f"{sizes.jobs:,} jobs, {sizes.processes} processes", "jobs/s"),
+        ],
+        "batches": [
+            Row(f"buffer_{buffer}", f"{sizes.jobs:,} jobs, up to {buffer:,} claimed ahead", "jobs/s"),
+            *(Row(f"buffer_{count}", f"  up to {count:,}", "jobs/s", f"buffer_{buffer}") for count in smaller),
         ],
         "adding": [
             Row("add_single", "adding one by one, 1 session", "jobs/s"),

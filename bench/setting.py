@@ -23,6 +23,7 @@ class Sizes:
     """How much is done, in jobs where nothing else is said.
 
     Attributes:
+        buffers: of a worker: at most so many jobs are claimed ahead.
         processes: that drain together, where it is more than one.
         jobs: drained in each run.
         singles: added one by one, by however many sessions.
@@ -42,6 +43,7 @@ class Sizes:
 
     """
 
+    buffers: tuple[int, ...] = (1_000, 100, 10)
     processes: int = 4
     jobs: int = 100_000
     singles: int = 2_000

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 from bench.programs.meter import Meter
 from pgworker_client import Context, Worker
+from pgworker_client.settings import Settings
 
 CONCURRENCY = 24  # what Graphile Worker's preset runs at
 
-worker = Worker(concurrency=CONCURRENCY)
+worker = Worker(concurrency=CONCURRENCY, buffer=int(os.environ.get("BENCH_BUFFER", Settings().buffer)))
 meter = Meter()
 
 

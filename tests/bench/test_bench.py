@@ -17,6 +17,7 @@ from bench.peers import GRAPHILE_PACKAGES, PEERS, PGBOSS_PACKAGES, PYTHON_PACKAG
 from bench.report import questions, rows, table
 from bench.resources import _own_time
 from bench.setting import QUICK
+from pgworker_client.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,16 @@ def test_a_quick_run_prints_every_row_and_writes_every_number(asked: list[str], 
         assert [number > 0 for number in written["numbers"][row.key]["pgworker"]] == [True], row.key
     for fact in ("machine", "PostgreSQL", "disk", "pgworker", "runs"):
         assert f"\n{fact}: " in done.stdout
+
+
+def test_a_measured_worker_has_the_buffer_that_it_is_told_else_the_default() -> None:
+    program = "from bench.programs.work import worker; print(worker.settings.buffer)"
+    told = [
+        subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **more}, text=True)
+        for more in ({"BENCH_BUFFER": "10"}, {})
+    ]
+
+    assert told == ["10\n", f"{Settings().buffer}\n"]
 
 
 @pytest.mark.parametrize(
