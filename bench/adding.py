@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from bench.processes import Child, wait_until
 from bench.setting import Bench
@@ -23,7 +23,7 @@ CROWDED_BLOCKS = 5
 def adding(bench: Bench) -> None:
     """Add jobs one by one, each in a transaction of its own, then many with one call; nobody works meanwhile.
 
-    Then one by one from several sessions.
+    Then both from several sessions.
     """
     sizes = bench.sizes
     singles = sizes.singles // BLOCKS
@@ -45,7 +45,7 @@ def adding(bench: Bench) -> None:
 
 
 def _sessions(bench: Bench, sides: list[Side]) -> None:
-    """Add jobs one by one from several sessions at once; all are always there, but some have nothing to do."""
+    """Add jobs one by one, then in bulk, from several sessions at once; those with nothing to do are there too."""
     sizes = bench.sizes
     with contextlib.ExitStack() as stack:
         crowds = {
@@ -60,14 +60,23 @@ def _sessions(bench: Bench, sides: list[Side]) -> None:
             spent = dict.fromkeys(crowds, 0.0)
             for _ in range(CROWDED_BLOCKS):
                 for name, crowd in crowds.items():
-                    begun = time.perf_counter()
-                    for producer in crowd[:sessions]:
-                        producer.tell("single", singles, 0)
-                    for producer in crowd[:sessions]:
-                        producer.done()
-                    spent[name] += time.perf_counter() - begun
+                    spent[name] += _together(crowd[:sessions], "single", singles)
             for side in sides:
                 bench.note(f"add_sessions_{sessions}", side, CROWDED_BLOCKS * sessions * singles / spent[side.name])
+            for side in sides:
+                each = max(side.count(sizes.jobs) // sessions, 1)
+                took = _together(crowds[side.name][:sessions], "bulk", each)
+                bench.note(f"add_bulk_{sessions}", side, sessions * each / took)
+
+
+def _together(producers: Sequence[Child], how: str, each: int) -> float:
+    """Have several sessions add so many jobs each; returns the seconds until the last one has."""
+    begun = time.perf_counter()
+    for producer in producers:
+        producer.tell(how, each, 0)
+    for producer in producers:
+        producer.done()
+    return time.perf_counter() - begun
 
 
 def latency(bench: Bench) -> None:

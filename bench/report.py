@@ -39,6 +39,10 @@ def questions(sizes: Sizes) -> dict[str, list[Row]]:
             Row("add_single", "adding one by one, 1 session", "jobs/s"),
             *(Row(f"add_sessions_{count}", f"  {count} sessions", "jobs/s", "add_single") for count in sizes.sessions),
             Row("add_bulk", f"adding {sizes.jobs:,} with one call", "jobs/s"),
+            *(
+                Row(f"add_bulk_{count}", f"  {count} sessions, one call each", "jobs/s", "add_bulk")
+                for count in sizes.sessions
+            ),
         ],
         "latency": [
             Row("latency_p50", f"latency, {sizes.samples:,} samples: p50", "ms"),
