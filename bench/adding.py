@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from bench.draining import drain
 from bench.processes import Child, wait_until
+from bench.programs.orders import WARMING_UP
 from bench.setting import Bench
 from bench.sides import Side
 
 BLOCKS = 20
+#: Milliseconds between two calls that add the jobs of a load, few at a time.
+PAUSE = 5
 #: Of several sessions, which begin and end together: fewer and longer.
 CROWDED_BLOCKS = 5
 
@@ -80,28 +84,61 @@ def _together(producers: Sequence[Child], how: str, each: int) -> float:
 
 
 def latency(bench: Bench) -> None:
-    """Time jobs from before the call that adds them, in one process, to the first line of the handler in another."""
-    sizes = bench.sizes
-    samples = sizes.samples // BLOCKS
+    """Time jobs from before the call that adds them, in one process, to the first line of the handler in another.
+
+    First the workers have nothing else to do; then each is given half of what it has just been seen to drain.
+    """
     for sides in bench.rounds("latency"):
-        with _producers(bench, sides) as producers, contextlib.ExitStack() as stack:
-            workers = {side.name: stack.enter_context(side.start(bench.server, "work")) for side in sides}
-            for block in range(BLOCKS + 1):
-                for name, worker in workers.items():
-                    producers[name].ask("timed", samples, sizes.gap)
-                    _wait_for_delays(worker, samples * max(block, 1))
-                    if not block:
-                        worker.delays.clear()  # the first block is for warming up
+        _take_samples(bench, sides)
+        halves = {}
         for side in sides:
-            delays = workers[side.name].delays
-            percentiles = statistics.quantiles(delays, n=100, method="inclusive")
-            for row, milliseconds in (
-                ("latency_p50", percentiles[49]),
-                ("latency_p95", percentiles[94]),
-                ("latency_p99", percentiles[98]),
-                ("latency_max", max(delays)),
-            ):
-                bench.note(row, side, milliseconds)
+            with side.connect(bench.server) as conn:
+                halves[side.name] = max(int(drain(bench, side, conn, 1) / 2), 1)
+        _take_samples(bench, sides, halves)
+
+
+def _take_samples(bench: Bench, sides: list[Side], rates: Mapping[str, int] | None = None) -> None:
+    """Add jobs whose latency is taken; where there are rates, another producer adds others at the side's meanwhile."""
+    samples = bench.sizes.samples // BLOCKS
+    with contextlib.ExitStack() as stack:
+        producers = stack.enter_context(_producers(bench, sides))
+        loads = stack.enter_context(_producers(bench, sides)) if rates else {}
+        workers = {side.name: stack.enter_context(side.start(bench.server, "work")) for side in sides}
+        for worker in workers.values():
+            _wait_until_handled(worker, WARMING_UP)  # the producers'
+        added, spent = dict.fromkeys(loads, 0), dict.fromkeys(loads, 0.0)
+        for block in range(BLOCKS + 1):
+            for name, worker in workers.items():
+                if rates:
+                    before = worker.handled
+                    loads[name].tell("steady", rates[name], PAUSE)
+                    _wait_until_handled(worker, before + 1)
+                producers[name].ask("timed", samples, bench.sizes.gap)
+                _wait_for_delays(worker, samples * max(block, 1))
+                if rates:
+                    took = loads[name].ask("stop")
+                    _wait_until_handled(worker, before + samples + loads[name].added)
+                    added[name] += loads[name].added
+                    spent[name] += took
+                if not block:
+                    worker.delays.clear()  # the first block is for warming up
+    for side in sides:
+        row = "loaded" if rates else "latency"
+        delays = workers[side.name].delays
+        percentiles = statistics.quantiles(delays, n=100, method="inclusive")
+        for which, milliseconds in (
+            ("p50", percentiles[49]),
+            ("p95", percentiles[94]),
+            ("p99", percentiles[98]),
+            ("max", max(delays)),
+        ):
+            bench.note(f"{row}_{which}", side, milliseconds)
+        if rates:
+            bench.note("loaded_rate", side, added[side.name] / spent[side.name])
+
+
+def _wait_until_handled(worker: Child, jobs: int) -> None:
+    wait_until(lambda: worker.handled >= jobs, [worker], "the jobs that are not timed", 0.001)
 
 
 def _wait_for_delays(worker: Child, count: int) -> None:

@@ -27,12 +27,13 @@ class Child:
     Attributes:
         handled: jobs that this worker has run.
         delays: milliseconds from sending a job to its handler's first line, for jobs that say when they were sent.
+        added: jobs that this producer has added from the last order to add them steadily to the one to stop.
         pid: the process's number.
 
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.handled = 0
+        self.handled = self.added = 0
         self.delays: list[float] = []
         self._name = " ".join(command[-2:])
         self._killed = False
@@ -62,6 +63,7 @@ class Child:
     ) -> None:
         """End its input, upon which it ends by itself; kill it where it does not."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
@@ -70,6 +72,7 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._reader.join()
+        self._process.stdout.close()
         if kind is None and self._process.returncode and not self._killed:
             raise self._failed()
         self._said.close()
@@ -122,6 +125,8 @@ class Child:
                     self.handled = int(count)
                 case ["@", "delays", *delays]:
                     self.delays += [int(delay) / 1e6 for delay in delays]
+                case ["@", "added", count]:
+                    self.added = int(count)
                 case ["@", "took", nanoseconds]:
                     self._answers.put(int(nanoseconds))
                 case ["@", "ready"]:

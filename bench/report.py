@@ -49,6 +49,11 @@ def questions(sizes: Sizes) -> dict[str, list[Row]]:
             Row("latency_p95", "  p95", "ms"),
             Row("latency_p99", "  p99", "ms"),
             Row("latency_max", "  max", "ms"),
+            Row("loaded_p50", "latency at half load: p50", "ms"),
+            Row("loaded_p95", "  p95", "ms"),
+            Row("loaded_p99", "  p99", "ms"),
+            Row("loaded_max", "  max", "ms"),
+            Row("loaded_rate", "  jobs added meanwhile", "jobs/s"),
         ],
         "payloads": [
             *(

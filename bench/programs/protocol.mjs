@@ -40,6 +40,8 @@ export function inputEnd() {
 
 /** Adds jobs as told on standard input, by `add(payload)` and `addMany(payloads)`, until that ends. */
 export async function obey(add, addMany) {
+  const lines = readline.createInterface({ input: process.stdin })[Symbol.asyncIterator]();
+  const pause = (milliseconds) => new Promise((wake) => setTimeout(wake, milliseconds));
   const padding = (size) => (size ? { text: randomBytes(size).toString('base64').slice(0, size) } : {});
   const ways = {
     async single(count, size) {
@@ -50,16 +52,29 @@ export async function obey(add, addMany) {
       const more = padding(size);
       await addMany(Array.from({ length: count }, (_, id) => ({ id, ...more })));
     },
-    async timed(count, pause) {
+    async timed(count, gap) {
       for (let i = 0; i < count; i++) {
         await add({ sent: String(now()) });
-        await new Promise((wake) => setTimeout(wake, pause));
+        await pause(gap);
       }
+    },
+    async steady(rate, gap) {
+      const begun = performance.now();
+      let added = 0;
+      let told = false;
+      lines.next().then(() => (told = true));
+      while (!told) {
+        const late = Math.floor(((performance.now() - begun) * rate) / 1000) - added;
+        if (late > 0) await addMany(Array.from({ length: late }, (_, i) => ({ id: added + i })));
+        added += late;
+        await pause(gap);
+      }
+      say(`added ${added}`);
     },
   };
   await ways.single(WARMING_UP, 0); // the connection is there and its statements are prepared
   say('ready');
-  for await (const line of readline.createInterface({ input: process.stdin })) {
+  for await (const line of lines) {
     const [what, ...numbers] = line.split(' ');
     const begun = now();
     await ways[what](...numbers.map(Number));

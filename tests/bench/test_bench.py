@@ -14,6 +14,7 @@ import pytest
 
 from bench.__main__ import MEASUREMENTS
 from bench.peers import GRAPHILE_PACKAGES, PEERS, PGBOSS_PACKAGES, PYTHON_PACKAGES, PeerMissingError, peers
+from bench.processes import Child, wait_until
 from bench.report import questions, rows, table
 from bench.resources import _own_time
 from bench.setting import QUICK
@@ -62,6 +63,33 @@ def test_a_measured_worker_has_the_buffer_that_it_is_told_else_the_default() -> 
     ]
 
     assert told == ["10\n", f"{Settings().buffer}\n"]
+
+
+PRODUCER = """
+import asyncio
+from bench.programs.orders import obey
+
+added = []
+async def add(payload): pass
+async def add_many(payloads):
+    added.extend(payloads)
+    print("@ handled", len(added), flush=True)
+asyncio.run(obey(add, add_many))
+"""
+
+
+def test_a_producer_adds_steadily_until_it_is_told_otherwise_and_never_more_than_it_should() -> None:
+    with Child([sys.executable, "-c", PRODUCER], {"PYTHONPATH": str(ROOT)}) as producer:
+        producer.wait_until_ready()
+        for rate in (1000, 100):
+            before = producer.handled
+            producer.tell("steady", rate, 1)
+            wait_until(lambda before=before: producer.handled >= before + 5, [producer], "what is added steadily")  # type: ignore[misc]
+            took = producer.ask("stop")
+            assert producer.handled - before == producer.added <= rate * took
+        before = producer.handled
+        producer.ask("bulk", 3, 0)
+        assert producer.handled == before + 3
 
 
 @pytest.mark.parametrize(
