@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from bench import machine, results
@@ -53,11 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=_positive, metavar="N", help="how often to measure everything (5; quick: 1)")
     parser.add_argument("--quick", action="store_true", help="small numbers, no disk: does it work, not how fast is it")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, metavar="NAME", help=", ".join(MEASUREMENTS))
+    parser.add_argument("--held", type=float, metavar="SECONDS", help="age of the snapshot in held (300; quick: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json, NAME.md and plots")
     given = parser.parse_args(arguments)
     command = results.command(sys.argv[1:] if arguments is None else arguments)
-    sizes = QUICK if given.quick else Sizes()
+    asked = {name: value for name in ("held",) if (value := getattr(given, name)) is not None}
+    sizes = replace(QUICK if given.quick else Sizes(), **asked)
     try:
         ours, others = pgworker(), peers(os.environ.get("BENCH_PEERS", ""))
         server = EmbeddedServer(settings=machine.settings(), durable=not given.quick)

@@ -69,24 +69,36 @@ def held(bench: Bench) -> None:
     """Drain round after round, one process each, in two databases: in one of them an old snapshot is held all the time.
 
     It keeps every row version of its own database, and none of another one's, so the two can take turns round by round.
-    The first rounds only pass; then every run is a round of each.
+    The first rounds only pass, under the snapshot for as long as it is to be old; then every run is a round of each.
+    One side after the other, since workers that find nothing but dead rows would not leave the others in peace.
     """
-    with free_and_held(bench, "held") as (free, kept), contextlib.ExitStack() as stack:
-        workers = {side.name: stack.enter_context(_workers(bench, side, 1)) for side in (free, kept)}
-        for number in range(bench.sizes.rounds + bench.runs):
-            for side in (free, kept):
-                rate = _round(bench, side, workers[side.name])
-                if number >= bench.sizes.rounds:
-                    bench.note(side.name, bench.ours, rate)
+    for side in bench.taking_part("held"):
+        with (
+            free_and_held(bench, side) as (free, kept),
+            _workers(bench, free, 1) as one,
+            _workers(bench, kept, 1) as other,
+        ):
+            for _ in range(bench.sizes.rounds):
+                _round(bench, free, one)
+            begun, passed = time.monotonic(), 0
+            while passed < bench.sizes.rounds or time.monotonic() - begun < bench.sizes.held:
+                _round(bench, kept, other)
+                passed += 1
+            bench.note("held_passed", side, passed * side.count(bench.sizes.jobs))
+            turns = [("held_not", free, one), ("held", kept, other)]
+            for run in range(bench.runs):
+                for row, where, workers in turns[:: 1 if run % 2 == 0 else -1]:
+                    bench.note(row, side, _round(bench, where, workers))
 
 
 @contextlib.contextmanager
-def free_and_held(bench: Bench, name: str) -> Iterator[tuple[Side, Side]]:
-    """Our side in two databases, called ``name_not`` and ``name``; in the second an old snapshot is held."""
-    free, kept = (replace(bench.ours, name=name) for name in (f"{name}_not", name))
-    for side in (free, kept):
-        side.install(bench.server)
-    with kept.connect(bench.server) as old:
+def free_and_held(bench: Bench, side: Side) -> Iterator[tuple[Side, Side]]:
+    """Yield a side in two databases; in the second an old snapshot is held."""
+    with (
+        side.apart(bench.server, "free") as free,
+        side.apart(bench.server, "held") as kept,
+        kept.connect(bench.server) as old,
+    ):
         old.execute("begin isolation level repeatable read")
         old.execute("select count(*) from pg_class")
         yield free, kept
@@ -156,10 +168,11 @@ def release(
 
 def _round(bench: Bench, side: Side, workers: list[Child]) -> float:
     """Add jobs, all seen at the same moment, and drain them with workers that are there; return jobs per second."""
+    jobs = side.count(bench.sizes.jobs)
     with side.connect(bench.server) as gate:
         gate.autocommit = False
-        side.fill(bench.server, gate, bench.sizes.jobs)
-        return _time(gate, side, workers, bench.sizes.jobs)
+        side.fill(bench.server, gate, jobs)
+        return _time(gate, side, workers, jobs)
 
 
 def _time(gate: psycopg.Connection[Any], side: Side, workers: list[Child], jobs: int, more: int = 0) -> float:

@@ -40,6 +40,10 @@ for name in sys.argv[1:]:
 print(json.dumps([sys.version.split()[0], versions]))"""
 
 
+#: What needs jobs that are added by SQL: together with others in one transaction, or of several kinds.
+WITHOUT_SQL = frozenset({"held"})
+
+
 class PeerMissingError(RuntimeError):
     """A queue to compare with is unknown or not installed; the message says what to do."""
 
@@ -84,7 +88,7 @@ def _pgboss(name: str, how: str, *, notify: bool) -> Side:
         clear="truncate pgboss.job_common",
         # What is done stays in the table.
         left="select exists (select from pgboss.job_common where name = 'noop' and state < 'completed')",
-        cannot=frozenset() if notify else frozenset({"latency"}),
+        cannot=WITHOUT_SQL if notify else WITHOUT_SQL | {"latency"},
     )
 
 
@@ -117,6 +121,7 @@ def pgqueuer() -> Side:
         table="pgqueuer",
         clear="truncate pgqueuer, pgqueuer_log",
         share=5,
+        cannot=WITHOUT_SQL,
     )
 
 
@@ -131,6 +136,7 @@ def procrastinate() -> Side:
         table="procrastinate_jobs",
         clear="truncate procrastinate_jobs, procrastinate_events, procrastinate_periodic_defers",
         share=100,
+        cannot=WITHOUT_SQL,
     )
 
 

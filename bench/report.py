@@ -24,7 +24,6 @@ class Row:
 
 def questions(sizes: Sizes) -> dict[str, list[Row]]:
     """Return the rows that a whole run has, by the measurement that they are from."""
-    passed = sizes.rounds * sizes.jobs
     buffer, *smaller = sizes.buffers
     return {
         "throughput": [
@@ -87,8 +86,9 @@ def questions(sizes: Sizes) -> dict[str, list[Row]]:
             Row("step_finish", "  jobs: finish_jobs", "µs/job", "step_delete"),
         ],
         "held": [
-            Row("held_not", f"1 process, {passed:,} jobs have passed", "jobs/s"),
-            Row("held", "  the same under an old snapshot", "jobs/s", "held_not"),
+            Row("held_not", f"1 process, {sizes.jobs:,} jobs again and again", "jobs/s"),
+            Row("held", f"  after {sizes.held:g} s under an old snapshot", "jobs/s", "held_not"),
+            Row("held_passed", "  jobs that have passed in that time", "jobs"),
         ],
         "foreign": [
             Row("foreign_without", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),

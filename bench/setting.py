@@ -33,7 +33,8 @@ class Sizes:
         payloads: how large, and how many of each.
         payload: bytes of the payloads whose WAL is weighed.
         passed: jobs that a worker has run at the end, when its memory is looked at.
-        rounds: how often `jobs` pass under a held snapshot before the drain that counts.
+        rounds: how often at least `jobs` pass before the drains beside and under a held snapshot that count.
+        held: seconds for which jobs pass under it before those.
         foreign: jobs of another task that lie in the table.
         behind: jobs behind one busy queue.
         queues: serial queues, with ten jobs each.
@@ -56,6 +57,7 @@ class Sizes:
     payload: int = 100
     passed: int = 1_000_000
     rounds: int = 3
+    held: float = 300.0
     foreign: int = 100_000
     behind: int = 100_000
     queues: int = 10_000
@@ -67,7 +69,7 @@ class Sizes:
 QUICK = Sizes(
     processes=2, jobs=2_000, singles=100, sessions=(2,), samples=100, passed=4_000,
     payloads=(Payloads(100, 20, 200), Payloads(10_000, 20, 100), Payloads(1_000_000, 10, 10)),
-    gap=2, rounds=1, foreign=2_000, behind=2_000, queues=100,
+    gap=2, rounds=1, held=1.0, foreign=2_000, behind=2_000, queues=100,
     claims=50, children=500, one_by_one=64,
 )  # fmt: skip
 
@@ -91,9 +93,13 @@ class Bench:
     runs: int
     numbers: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
+    def taking_part(self, measurement: str) -> list[Side]:
+        """Return ours and those peers that can be measured so."""
+        return [side for side in (self.ours, *self.peers) if measurement not in side.cannot]
+
     def rounds(self, measurement: str) -> Iterator[list[Side]]:
         """Yield those that take part once a run, in the order of their turns, which alternates: A B, B A, A B …"""
-        sides = [side for side in (self.ours, *self.peers) if measurement not in side.cannot]
+        sides = self.taking_part(measurement)
         for run in range(self.runs):
             yield sides[:: 1 if run % 2 == 0 else -1]
 

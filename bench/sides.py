@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ class Side:
         else:
             with self.connect(server) as conn:
                 schema.install(conn)
+
+    @contextlib.contextmanager
+    def apart(self, server: EmbeddedServer, name: str) -> Iterator[Side]:
+        """Install it once more, in a database of another name, which is dropped in the end with all that is in it."""
+        other = replace(self, name=f"{self.name}_{name}")
+        other.install(server)
+        yield other
+        with psycopg.connect(server.dsn(), autocommit=True) as conn:
+            conn.execute(f"drop database {other.name} with (force)")
 
     def start(self, server: EmbeddedServer, program: str, name: str = "") -> Child:
         """Start one of its programs; ``name`` becomes the application name of its connections."""

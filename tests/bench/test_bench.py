@@ -35,6 +35,15 @@ def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
+def test_how_old_the_snapshot_is_can_be_said(tmp_path: Path) -> None:
+    done = bench("--quick", "--only", "held", "--held", "0", "--json", str(tmp_path / "numbers.json"))
+
+    assert done.returncode == 0, done.stdout
+    written = json.loads((tmp_path / "numbers.json").read_text())
+    assert written["sizes"]["held"] == 0
+    assert written["numbers"]["held_passed"] == {"pgworker": [QUICK.rounds * QUICK.jobs]}
+
+
 #: In parts, which may run at the same time.
 PARTS = [list(MEASUREMENTS)[begin : begin + 4] for begin in range(0, len(MEASUREMENTS), 4)]
 
@@ -138,7 +147,7 @@ def test_installed_peers_are_measured_side_by_side(tmp_path: Path) -> None:
     names = installed()
     if not names:
         pytest.skip("no other queue is installed: bench/README.md says how")
-    compared = ("throughput", "adding", "latency", "payloads", "resources", "memory")
+    compared = ("throughput", "adding", "latency", "payloads", "resources", "memory", "held")
 
     done = bench("--quick", "--only", *compared, "--json", str(tmp_path / "numbers.json"), BENCH_PEERS=",".join(names))
 
