@@ -12,8 +12,9 @@ from pathlib import Path
 
 from bench import machine, results
 from bench.adding import adding, latency
+from bench.backlog import backlog
 from bench.claims import claims
-from bench.draining import batches, foreign, held, history, throughput
+from bench.draining import batches, held, history, throughput
 from bench.limits import fairness, limits
 from bench.payloads import payloads
 from bench.peers import PeerMissingError, peers
@@ -37,7 +38,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "memory": memory,
     "steps": steps,
     "held": held,
-    "foreign": foreign,
+    "backlog": backlog,
     "history": history,
     "claims": claims,
     "limits": limits,
@@ -54,11 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small numbers, no disk: does it work, not how fast is it")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, metavar="NAME", help=", ".join(MEASUREMENTS))
     parser.add_argument("--held", type=float, metavar="SECONDS", help="age of the snapshot in held (300; quick: 1)")
+    parser.add_argument("--backlog", type=_positive, metavar="JOBS", help="in backlog (1000000; quick: 2000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json, NAME.md and plots")
     given = parser.parse_args(arguments)
     command = results.command(sys.argv[1:] if arguments is None else arguments)
-    asked = {name: value for name in ("held",) if (value := getattr(given, name)) is not None}
+    asked = {name: value for name in ("held", "backlog") if (value := getattr(given, name)) is not None}
     sizes = replace(QUICK if given.quick else Sizes(), **asked)
     try:
         ours, others = pgworker(), peers(os.environ.get("BENCH_PEERS", ""))

@@ -57,14 +57,6 @@ def history(bench: Bench) -> None:
         conn.execute("truncate pgworker.finished, pgworker.attempt")
 
 
-def foreign(bench: Bench) -> None:
-    """Drain with one process while due jobs of a task that it does not know lie in front of its own."""
-    for _ in range(bench.runs):
-        with bench.ours.connect(bench.server) as conn:
-            bench.note("foreign_without", bench.ours, drain(bench, bench.ours, conn, 1))
-            bench.note("foreign", bench.ours, drain(bench, bench.ours, conn, 1, foreign=bench.sizes.foreign))
-
-
 def held(bench: Bench) -> None:
     """Drain round after round, one process each, in two databases: in one of them an old snapshot is held all the time.
 
@@ -110,7 +102,7 @@ def drain(
     conn: psycopg.Connection[Any],
     processes: int,
     *,
-    foreign: int = 0,
+    beside: bool = False,
     fill: str = "",
     jobs: int = 0,
     size: int = 0,
@@ -124,7 +116,7 @@ def drain(
         side: whose jobs and workers.
         conn: a connection to its database.
         processes: workers.
-        foreign: jobs of another task that lie before its own.
+        beside: leave what is in the table, which the workers cannot run; else the table is emptied before.
         fill: SQL that adds ``%(count)s`` jobs, ``%(parents)s`` times; else the side's own, of noop.
         jobs: how many that are; else as many as the sizes say, or the side's share of them.
         size: bytes by which the payloads of the side's own jobs are larger.
@@ -133,9 +125,8 @@ def drain(
 
     """
     count = jobs or side.count(bench.sizes.jobs)
-    conn.execute(side.clear.encode())
-    if foreign:
-        side.fill(bench.server, conn, foreign, task="foreign")
+    if not beside:
+        conn.execute(side.clear.encode())
     if fill:
         conn.execute(fill.encode(), {"count": count, "parents": parents})
     else:

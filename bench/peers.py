@@ -41,7 +41,7 @@ print(json.dumps([sys.version.split()[0], versions]))"""
 
 
 #: What needs jobs that are added by SQL: together with others in one transaction, or of several kinds.
-WITHOUT_SQL = frozenset({"held"})
+WITHOUT_SQL = frozenset({"held", "backlog"})
 
 
 class PeerMissingError(RuntimeError):
@@ -60,9 +60,10 @@ def graphile() -> Side:
         table="graphile_worker._private_jobs",
         clear="truncate graphile_worker._private_jobs, graphile_worker._private_job_queues",
         add="""select from graphile_worker.add_jobs(array(
-            select row(%(task)s, (jsonb_build_object('id', n) || %(more)s)::json, null, null, null, null, null, null)
-                   ::graphile_worker.job_spec
+            select row(%(task)s, (jsonb_build_object('id', n) || %(more)s)::json, %(queue)s, %(run_at)s, null, null,
+                       null, null)::graphile_worker.job_spec
             from generate_series(1, %(count)s) as n))""",
+        occupy="update graphile_worker._private_job_queues set locked_by = 'bench', locked_at = now()",
     )
 
 
@@ -106,7 +107,7 @@ def pgmq() -> Side:
         add="""select count(*) from pgmq.send_batch(%(task)s, array(
             select jsonb_build_object('id', n) || %(more)s from generate_series(1, %(count)s) as n))""",
         key="msg_id",
-        cannot=frozenset({"latency"}),
+        cannot=frozenset({"latency", "backlog"}),
     )
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-PATIENCE = 600.0
-"""Seconds after which a measurement that does not end is given up."""
+PATIENCE = 1800.0
+"""Seconds after which a measurement that does not end is given up; 10 million jobs may take half of it."""
 
 
 class Child:

@@ -90,9 +90,18 @@ def questions(sizes: Sizes) -> dict[str, list[Row]]:
             Row("held", f"  after {sizes.held:g} s under an old snapshot", "jobs/s", "held_not"),
             Row("held_passed", "  jobs that have passed in that time", "jobs"),
         ],
-        "foreign": [
-            Row("foreign_without", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
-            Row("foreign", f"  behind {sizes.foreign:,} foreign jobs", "jobs/s", "foreign_without"),
+        "backlog": [
+            row
+            for kind, others in (
+                ("future", "beside {:,} of the future"),
+                ("foreign", "behind {:,} foreign ones"),
+                ("queue", "behind {:,} of a busy queue"),
+                ("ready", "{:,} instead"),
+            )
+            for row in (
+                Row(f"backlog_{kind}_not", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
+                Row(f"backlog_{kind}", f"  {others.format(sizes.backlog)}", "jobs/s", f"backlog_{kind}_not"),
+            )
         ],
         "history": [
             Row("history_off", f"{sizes.jobs:,} jobs, 1 process, no history", "jobs/s"),

@@ -35,7 +35,7 @@ class Sizes:
         passed: jobs that a worker has run at the end, when its memory is looked at.
         rounds: how often at least `jobs` pass before the drains beside and under a held snapshot that count.
         held: seconds for which jobs pass under it before those.
-        foreign: jobs of another task that lie in the table.
+        backlog: jobs that lie in the table besides.
         behind: jobs behind one busy queue.
         queues: serial queues, with ten jobs each.
         claims: claims of one job that are timed.
@@ -58,7 +58,7 @@ class Sizes:
     passed: int = 1_000_000
     rounds: int = 3
     held: float = 300.0
-    foreign: int = 100_000
+    backlog: int = 1_000_000
     behind: int = 100_000
     queues: int = 10_000
     claims: int = 2_000
@@ -69,7 +69,7 @@ class Sizes:
 QUICK = Sizes(
     processes=2, jobs=2_000, singles=100, sessions=(2,), samples=100, passed=4_000,
     payloads=(Payloads(100, 20, 200), Payloads(10_000, 20, 100), Payloads(1_000_000, 10, 10)),
-    gap=2, rounds=1, held=1.0, foreign=2_000, behind=2_000, queues=100,
+    gap=2, rounds=1, held=1.0, backlog=2_000, behind=2_000, queues=100,
     claims=50, children=500, one_by_one=64,
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pgworker_client import schema
 from pgworker_client.embedded import EmbeddedServer
 
 ROOT = Path(__file__).parents[1]
+#: Added with one statement: all of its jobs are in memory, and one JSON array holds 256 MB.
+CHUNK = 100_000
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Side:
         table: the live jobs.
         clear: SQL that removes every job.
         add: SQL that adds ``%(count)s`` jobs of task ``%(task)s`` with payloads like ``{"id": 1}`` and the members of
-            ``%(more)s``. Where there is none, the producer adds them.
+            ``%(more)s``, to the serial queue ``%(queue)s``, due at ``%(run_at)s``, both if they are not null. Where
+            there is none, the producer adds them.
+        occupy: SQL that makes the only serial queue busy, by changing or returning one row, while its session lasts.
         key: a column of the table that ascends.
         left: SQL that says whether a job is left to do, where the table has no such column or keeps what is done.
         share: it drains, and adds in bulk, this many times fewer jobs, so that a slow one takes no longer than others.
@@ -48,6 +53,7 @@ class Side:
     table: str
     clear: str
     add: str = ""
+    occupy: str = ""
     key: str = "id"
     left: str = ""
     share: int = 1
@@ -93,7 +99,15 @@ class Side:
         return max(jobs // self.share, 10) if self.share > 1 else jobs
 
     def fill(
-        self, server: EmbeddedServer, conn: psycopg.Connection[Any], count: int, *, task: str = "noop", size: int = 0
+        self,
+        server: EmbeddedServer,
+        conn: psycopg.Connection[Any],
+        count: int,
+        *,
+        task: str = "noop",
+        size: int = 0,
+        queue: str | None = None,
+        run_at: datetime | None = None,
     ) -> None:
         """Add jobs; where its producer has to, the table is emptied before.
 
@@ -101,12 +115,16 @@ class Side:
             server: where its database is.
             conn: a connection to that.
             count: jobs.
-            task: theirs; another than noop needs SQL that adds.
+            task: theirs; another than noop needs SQL that adds, as do a queue and a time.
             size: bytes by which their payloads are larger than ``{"id": 1}``.
+            queue: the serial queue that they are in.
+            run_at: when they are due, if that is not now.
 
         """
         if self.add:
-            conn.execute(self.add.encode(), {"count": count, "task": task, "more": Jsonb(padding(size))})
+            given = {"task": task, "more": Jsonb(padding(size)), "queue": queue, "run_at": run_at}
+            for done in range(0, count, CHUNK):
+                conn.execute(self.add.encode(), {**given, "count": min(count - done, CHUNK)})
             return
         with self.start(server, "produce") as producer:
             producer.wait_until_ready()
@@ -132,6 +150,9 @@ def pgworker() -> Side:
         "pgworker.permit, pgworker.task",
         add="""select from pgworker.add_jobs((
             select jsonb_agg(jsonb_build_object(
-                'identifier', %(task)s::text, 'payload', jsonb_build_object('id', n) || %(more)s))
+                'identifier', %(task)s::text, 'payload', jsonb_build_object('id', n) || %(more)s)
+                || jsonb_strip_nulls(jsonb_build_object(
+                    'queue_name', %(queue)s::text, 'run_at', %(run_at)s::timestamptz)))
             from generate_series(1, %(count)s) as n))""",
+        occupy="select from pgworker.get_jobs(pgworker.register_worker('bench'), 1)",
     )

@@ -7,17 +7,23 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 
 from bench.__main__ import MEASUREMENTS
+from bench.backlog import KINDS, pile
 from bench.peers import GRAPHILE_PACKAGES, PEERS, PGBOSS_PACKAGES, PYTHON_PACKAGES, PeerMissingError, peers
 from bench.processes import Child, wait_until
 from bench.report import questions, rows, table
 from bench.resources import _own_time
-from bench.setting import QUICK
+from bench.setting import QUICK, Bench
+from bench.sides import pgworker
+from pgworker_client.embedded import EmbeddedServer
 from pgworker_client.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +48,19 @@ def test_how_old_the_snapshot_is_can_be_said(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "numbers.json").read_text())
     assert written["sizes"]["held"] == 0
     assert written["numbers"]["held_passed"] == {"pgworker": [QUICK.rounds * QUICK.jobs]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_backlog_there_is_all_and_none_can_be_claimed(
+    kind: str, server: EmbeddedServer, db: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.sides.CHUNK", 3)
+    ours = pgworker()
+
+    pile(Bench(server, ours, [], replace(QUICK, backlog=7), 1), ours, db, kind)
+
+    assert db.execute("select count(*) from pgworker.job").fetchone() == (7,)
+    assert not db.execute("select from pgworker.get_jobs(pgworker.register_worker(), 10, '{noop}')").fetchall()
 
 
 #: In parts, which may run at the same time.
@@ -147,7 +166,7 @@ def test_installed_peers_are_measured_side_by_side(tmp_path: Path) -> None:
     names = installed()
     if not names:
         pytest.skip("no other queue is installed: bench/README.md says how")
-    compared = ("throughput", "adding", "latency", "payloads", "resources", "memory", "held")
+    compared = ("throughput", "adding", "latency", "payloads", "resources", "memory", "held", "backlog")
 
     done = bench("--quick", "--only", *compared, "--json", str(tmp_path / "numbers.json"), BENCH_PEERS=",".join(names))
 
