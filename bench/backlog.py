@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 
-from bench.draining import drain
+from bench.draining import drain, drain_twice
 from bench.setting import Bench
 from bench.sides import Side
 
@@ -34,13 +34,18 @@ def backlog(bench: Bench) -> None:
                 pile(bench, *heaps[side.name], kind)
             for sides in bench.rounds("backlog"):
                 for side in sides:
-                    _note_alone(bench, side, f"backlog_{kind}_not")
-                    heap, conn = heaps[side.name]
-                    bench.note(f"backlog_{kind}", side, drain(bench, heap, conn, 1, beside=True))
+                    with side.connect(bench.server) as conn:
+                        conn.execute(side.clear.encode())
+                        _, alone = drain_twice(bench, side, conn)
+                    first, beside = drain_twice(bench, *heaps[side.name])
+                    bench.note(f"backlog_{kind}_not", side, alone)
+                    bench.note(f"backlog_{kind}", side, beside)
+                    bench.note(f"backlog_{kind}_first", side, first)
     for sides in bench.rounds("backlog"):
         for side in sides:
-            _note_alone(bench, side, "backlog_ready_not")
-            _note_alone(bench, side, "backlog_ready", bench.sizes.backlog)
+            with side.connect(bench.server) as conn:
+                bench.note("backlog_ready_not", side, drain(bench, side, conn, 1))
+                bench.note("backlog_ready", side, drain(bench, side, conn, 1, jobs=bench.sizes.backlog))
 
 
 def pile(bench: Bench, side: Side, conn: psycopg.Connection[Any], kind: str) -> None:
@@ -48,8 +53,3 @@ def pile(bench: Bench, side: Side, conn: psycopg.Connection[Any], kind: str) -> 
     side.fill(bench.server, conn, bench.sizes.backlog, **KINDS[kind])
     if kind == "queue" and conn.execute(side.occupy.encode()).rowcount != 1:
         raise RuntimeError(f"the queue of {side.name} is not busy")
-
-
-def _note_alone(bench: Bench, side: Side, row: str, jobs: int = 0) -> None:
-    with side.connect(bench.server) as conn:
-        bench.note(row, side, drain(bench, side, conn, 1, jobs=jobs))

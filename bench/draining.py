@@ -102,7 +102,6 @@ def drain(
     conn: psycopg.Connection[Any],
     processes: int,
     *,
-    beside: bool = False,
     fill: str = "",
     jobs: int = 0,
     size: int = 0,
@@ -116,7 +115,6 @@ def drain(
         side: whose jobs and workers.
         conn: a connection to its database.
         processes: workers.
-        beside: leave what is in the table, which the workers cannot run; else the table is emptied before.
         fill: SQL that adds ``%(count)s`` jobs, ``%(parents)s`` times; else the side's own, of noop.
         jobs: how many that are; else as many as the sizes say, or the side's share of them.
         size: bytes by which the payloads of the side's own jobs are larger.
@@ -125,36 +123,53 @@ def drain(
 
     """
     count = jobs or side.count(bench.sizes.jobs)
-    if not beside:
-        conn.execute(side.clear.encode())
+    conn.execute(side.clear.encode())
     if fill:
         conn.execute(fill.encode(), {"count": count, "parents": parents})
     else:
         side.fill(bench.server, conn, count, size=size)
     side.settle(conn)
-    return release(bench, side, conn, processes, count * parents, more)
+    return release(bench, side, processes, count * parents, more)
+
+
+def drain_twice(bench: Bench, side: Side, conn: psycopg.Connection[Any]) -> tuple[float, float]:
+    """Drain with one process that has just started, and as many jobs again with the same; return both jobs per second.
+
+    What else is in the table, which it cannot run, is left there.
+    """
+    jobs = side.count(bench.sizes.jobs)
+    side.fill(bench.server, conn, jobs)
+    side.settle(conn)
+    with _before_the_gate(bench, side, 1) as (gate, workers):
+        return _time(gate, side, workers, jobs), _round(bench, side, workers)
 
 
 def release(
     bench: Bench,
     side: Side,
-    conn: psycopg.Connection[Any],
     processes: int,
     jobs: int,
     more: int = 0,
     look: Callable[[list[Child]], object] = lambda _workers: None,
 ) -> float:
     """Start workers, let them at the jobs in the table, and return jobs per second; ``look`` before and after."""
-    with side.connect(bench.server) as gate:
+    with _before_the_gate(bench, side, processes) as (gate, workers):
+        look(workers)
+        rate = _time(gate, side, workers, jobs, more)
+        look(workers)
+        return rate
+
+
+@contextlib.contextmanager
+def _before_the_gate(bench: Bench, side: Side, processes: int) -> Iterator[tuple[psycopg.Connection[Any], list[Child]]]:
+    """Start workers, and yield the transaction that holds them back with their first claims sent."""
+    with side.connect(bench.server) as gate, side.connect(bench.server) as conn:
         gate.autocommit = False
         gate.execute(f"lock table {side.table} in access exclusive mode")
         with _workers(bench, side, processes) as workers:
             wait_until(lambda: _waiting(conn, side) == processes, workers, "the workers' first claims", 0.02)
             time.sleep(0.3)  # a worker whose housekeeping came first stands here with its claim too
-            look(workers)
-            rate = _time(gate, side, workers, jobs, more)
-            look(workers)
-            return rate
+            yield gate, workers
 
 
 def _round(bench: Bench, side: Side, workers: list[Child]) -> float:

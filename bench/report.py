@@ -91,17 +91,21 @@ def questions(sizes: Sizes) -> dict[str, list[Row]]:
             Row("held_passed", "  jobs that have passed in that time", "jobs"),
         ],
         "backlog": [
-            row
-            for kind, others in (
-                ("future", "beside {:,} of the future"),
-                ("foreign", "behind {:,} foreign ones"),
-                ("queue", "behind {:,} of a busy queue"),
-                ("ready", "{:,} instead"),
-            )
-            for row in (
-                Row(f"backlog_{kind}_not", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
-                Row(f"backlog_{kind}", f"  {others.format(sizes.backlog)}", "jobs/s", f"backlog_{kind}_not"),
-            )
+            *(
+                row
+                for kind, others in (
+                    ("future", f"beside {sizes.backlog:,} of the future"),
+                    ("foreign", f"behind {sizes.backlog:,} foreign ones"),
+                    ("queue", f"behind {sizes.backlog:,} of a busy queue"),
+                )
+                for row in (
+                    Row(f"backlog_{kind}_not", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
+                    Row(f"backlog_{kind}", f"  {others}", "jobs/s", f"backlog_{kind}_not"),
+                    Row(f"backlog_{kind}_first", "  the first ones of a new worker", "jobs/s", f"backlog_{kind}_not"),
+                )
+            ),
+            Row("backlog_ready_not", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
+            Row("backlog_ready", f"  {sizes.backlog:,} instead", "jobs/s", "backlog_ready_not"),
         ],
         "history": [
             Row("history_off", f"{sizes.jobs:,} jobs, 1 process, no history", "jobs/s"),

@@ -45,7 +45,7 @@ def _weigh(bench: Bench, side: Side, conn: psycopg.Connection[Any]) -> None:
         producer.ask("bulk", jobs, bench.sizes.payload)
         meter.look()
     conn.execute(f"analyze {side.table}".encode())
-    release(bench, side, conn, 1, jobs, look=meter.look)
+    release(bench, side, 1, jobs, look=meter.look)
     conn.execute(side.clear.encode())
     bench.note("wal", side, meter.wal / jobs)
     if _PROC.is_dir():
