@@ -7,6 +7,7 @@ worker does not know, and due ones behind a serial queue that is busy all the ti
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,7 +30,7 @@ def backlog(bench: Bench) -> None:
         with contextlib.ExitStack() as stack:
             heaps = {}
             for side in bench.taking_part("backlog"):
-                heap = stack.enter_context(side.apart(bench.server, kind))
+                heap = replace(stack.enter_context(side.apart(bench.server, kind)), share=side.share_beside)
                 heaps[side.name] = heap, stack.enter_context(heap.connect(bench.server))
                 pile(bench, *heaps[side.name], kind)
             for sides in bench.rounds("backlog"):

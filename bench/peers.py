@@ -63,6 +63,7 @@ def graphile() -> Side:
             select row(%(task)s, (jsonb_build_object('id', n) || %(more)s)::json, %(queue)s, %(run_at)s, null, null,
                        null, null)::graphile_worker.job_spec
             from generate_series(1, %(count)s) as n))""",
+        share_beside=10,
         occupy="update graphile_worker._private_job_queues set locked_by = 'bench', locked_at = now()",
     )
 

@@ -42,6 +42,7 @@ class Side:
         key: a column of the table that ascends.
         left: SQL that says whether a job is left to do, where the table has no such column or keeps what is done.
         share: it drains, and adds in bulk, this many times fewer jobs, so that a slow one takes no longer than others.
+        share_beside: the same beside a backlog, where that slows it.
         cannot: measurements that it takes no part in.
 
     """
@@ -57,6 +58,7 @@ class Side:
     key: str = "id"
     left: str = ""
     share: int = 1
+    share_beside: int = 1
     cannot: frozenset[str] = field(default_factory=frozenset)
 
     def connect(self, server: EmbeddedServer) -> psycopg.Connection[Any]:
