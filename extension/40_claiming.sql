@@ -351,9 +351,9 @@ begin
       end loop;
 
       if v_sweeps then
-        -- The very first sweep of a session pays for making plans: its cost says nothing.
+        -- The very first sweep of a session pays for making plans: its cost says nothing, unless that cannot be all.
         v_ended := clock_timestamp();
-        v_cursor[4] := case when v_cursor[4] < 0 then 0
+        v_cursor[4] := case when v_cursor[4] < 0 and v_ended < v_started + interval '100 milliseconds' then 0
                             else (extract(epoch from v_ended - v_started) * 1000000)::bigint end;
         v_cursor[3] := pgworker.cursor_at(v_ended);
         v_cursor[2] := v_epoch;

@@ -13,9 +13,9 @@
 --   maintain            notices who has died or hangs, does what was left to be done in trees, prunes, and runs schedules
 --
 -- A worker without a lease is present while some session holds the advisory lock (1886874482, low 31 bits of its id): it
--- vanishes the moment the session dies, with nothing written while it lives. One with a lease is present until lease_until.
--- maintain() gives its jobs back when it has missed it for the grace, which also covers a server that was away or stood
--- still, when all locks vanish, or all leases lapse, and all workers return.
+-- vanishes the moment the session dies, with nothing written while it lives. maintain() gives its jobs back when the lock
+-- has been gone for the grace, which also covers a restart of the server, when all locks vanish and all workers return.
+-- A worker with a lease is present until lease_until.
 -- Locks: worker rows with SKIP LOCKED (a claim in progress holds its worker's), then job rows by id, then queues by name.
 
 create function pgworker.check_client(protocol int) returns void
@@ -98,14 +98,14 @@ begin
       heartbeat.worker_id, 'It was gone for too long and its jobs were given back: register anew.');
   end if;
   if v_lease is not null then
-    update pgworker.worker w set lease_until = pgworker.clock() + w.lease, missing_since = null
-    where w.id = heartbeat.worker_id;
+    update pgworker.worker w set lease_until = pgworker.clock() + w.lease where w.id = heartbeat.worker_id;
   elsif not exists (select from pg_catalog.pg_locks l
                     where l.locktype = 'advisory' and l.classid = 1886874482 and l.objsubid = 2 and l.granted
                       and l.objid = pgworker.presence_key(heartbeat.worker_id)::oid and l.pid = pg_backend_pid()) then
     -- A new session of the same worker: it is present here from now on. Shared, because the server may not have noticed
     -- yet that the old one is gone.
     perform pg_advisory_lock_shared(1886874482, pgworker.presence_key(heartbeat.worker_id));
+    -- The next absence has a grace of its own, though no maintain() came while it was back.
     update pgworker.worker w set missing_since = null
     where w.ctid = any (array(select o.ctid from pgworker.worker o
                               where o.id = heartbeat.worker_id and o.missing_since is not null
@@ -366,7 +366,9 @@ begin
     select w.id, w.lease, w.missing_since, w.present from pgworker.presence w
     order by w.id
   loop
-    if v_worker.present = (v_worker.missing_since is not null) then
+    if v_worker.lease is not null then
+      continue when v_worker.present;
+    elsif v_worker.present = (v_worker.missing_since is not null) then
       -- One that somebody else holds is looked at again the next time.
       update pgworker.worker w set missing_since = case when not v_worker.present then v_now end
       where w.ctid = any (array(select o.ctid from pgworker.worker o where o.id = v_worker.id for no key update skip locked));

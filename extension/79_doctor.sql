@@ -119,7 +119,7 @@ begin
            format('is gone since %s, and what it held (%s) was not given back',
                   date_trunc('second', coalesce(p.lease_until, p.missing_since)), pgworker.so_many(h.jobs)) as finding,
            'Workers call maintain(): see that one runs; or call it yourself.' as advice
-    where not p.present and coalesce(p.missing_since, p.lease_until) < v_late
+    where not p.present and coalesce(p.lease_until, p.missing_since) < v_late
     union all
     select 'error', format('is gone, and no worker is there to give back what it held (%s)', pgworker.so_many(h.jobs)),
            'Start a worker; or call maintain() now, and again after the grace.'

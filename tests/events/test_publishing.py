@@ -195,7 +195,7 @@ def test_rescued_jobs_are_told(db: Conn, witness: Witness) -> None:
     worker = register(db, lease="1 hour")
     jobs = [add(db)["id"], add(db, max_attempts=1)["id"]]
     claim_ids(db, worker, 2)
-    db.execute("update pgworker.worker set lease_until = '-infinity', missing_since = '-infinity'")
+    db.execute("update pgworker.worker set lease_until = '-infinity'")
     witness.heard(db)
     call(db, "maintain")
     assert sorted(witness.heard(db)) == [(jobs[0], "running", "ready"), (jobs[1], "running", "failed")]

@@ -94,9 +94,7 @@ def _vanish(conn: Conn, job_id: int) -> None:
     conn.execute("update pgworker.job set max_attempts = attempts + 1 where id = %s", [job_id])
     worker = register(conn, lease="1 hour")
     start(conn, job_id, worker)
-    conn.execute(
-        "update pgworker.worker set lease_until = '-infinity', missing_since = '-infinity' where id = %s", [worker]
-    )
+    conn.execute("update pgworker.worker set lease_until = now() - interval '1 second' where id = %s", [worker])
     call(conn, "maintain")
     assert values(conn, "select id from pgworker.worker where id = %s", worker) == []
 

@@ -189,9 +189,7 @@ def test_a_parent_that_ends_badly_while_it_runs_takes_its_children_along(tx: Con
     if how == "permanent":
         call(tx, "fail_job", worker, root, "it broke", permanent=True)
     elif how == "vanished":
-        tx.execute(
-            "update pgworker.worker set lease_until = '-infinity', missing_since = '-infinity' where id = %s", [worker]
-        )
+        tx.execute("update pgworker.worker set lease_until = now() - interval '1 second' where id = %s", [worker])
         call(tx, "maintain")
     elif how == "cancelled":
         call(tx, "cancel_jobs", [root])

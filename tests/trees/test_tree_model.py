@@ -196,10 +196,7 @@ class Forest:
     def do_vanish(self, pick: int, number: int) -> None:
         if self.workers:
             worker = self.workers.pop(pick % len(self.workers))
-            self.conn.execute(
-                "update pgworker.worker set lease_until = '-infinity', missing_since = '-infinity' where id = %s",
-                [worker],
-            )
+            self.conn.execute("update pgworker.worker set lease_until = now() - interval '1 s' where id = %s", [worker])
             call(self.conn, "maintain")
             self.model.end(self.run_out([id for id, node in self.model.items() if node.holder == worker]))
 
