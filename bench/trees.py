@@ -41,8 +41,8 @@ _ONE_SLOT = (
 def trees(bench: Bench) -> None:
     """Measure everything about trees."""
     adding(bench)
-    for _ in range(bench.runs):
-        children(bench)
+    for number in range(bench.runs):
+        children(bench, number)
         siblings(bench)
         one_by_one(bench)
     held(bench)
@@ -62,12 +62,13 @@ def adding(bench: Bench) -> None:
         conn.execute(bench.ours.clear)
 
 
-def children(bench: Bench) -> None:
-    """Drain unrelated jobs, then children of one parent, with several processes."""
+def children(bench: Bench, number: int) -> None:
+    """Drain unrelated jobs, and children of one parent, with several processes, by turns."""
     count, many = bench.sizes.children, bench.sizes.processes
+    kinds = (("tree_unrelated", _PLAIN, 0), ("tree_children", _TREE, 1))
     with bench.ours.connect(bench.server) as conn:
-        bench.note("tree_unrelated", bench.ours, drain(bench, bench.ours, conn, many, fill=_PLAIN, jobs=count))
-        bench.note("tree_children", bench.ours, drain(bench, bench.ours, conn, many, fill=_TREE, jobs=count, more=1))
+        for row, fill, more in kinds[:: 1 if number % 2 == 0 else -1]:
+            bench.note(row, bench.ours, drain(bench, bench.ours, conn, many, fill=fill, jobs=count, more=more))
 
 
 def siblings(bench: Bench) -> None:

@@ -124,6 +124,11 @@ declare
   v_bad   record;
   v_cycle int[];
 begin
+  -- Most trees have none of what is checked here, and looking once costs less than looking for each.
+  if not exists (select from unnest(p_specs) as s(spec)
+                 where s.spec ?| array['name', 'on_failure', 'after', 'unique_for', 'debounce_max', 'job_key_mode']) then
+    return;
+  end if;
   select s.n, s.spec ->> 'name' as name, s.spec ->> 'on_failure' as policy into v_bad
   from unnest(p_specs) with ordinality as s(spec, n)
   where length(s.spec ->> 'name') not between 1 and 128

@@ -35,6 +35,7 @@ language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_nestloop = off
 set jit = off
+set work_mem = '64MB'
 as $$
 declare
   v_now     constant timestamptz := pgworker.clock(now());
@@ -52,6 +53,7 @@ declare
   v_ids     bigint[];
   v_taken   bigint;                                -- the first whose key is
   v_bad     record;
+  v_more    boolean;                               -- whether some have a key or a compensation
   v_due     boolean;
   v_past    boolean;
 begin
@@ -68,16 +70,19 @@ begin
     union all
     select b.name from pgworker.finished b
     where b.root_id = p_parent.root_id and b.parent_id = p_parent.id and b.name is not null) end);
-  select min(k.n) as n, k.key into v_bad
-  from (select s.n, s.spec ->> 'job_key' as key from unnest(v_specs) with ordinality as s(spec, n)) as k
-  where k.key is not null
-  group by k.key having count(*) > 1
-  order by 1 limit 1;
-  if found then
-    perform pgworker.refuse_tree(
-      format('%s.job_key %s is used by another job of the tree',
-             pgworker.spec_label(p_base, v_bad.n, v_parents, v_places), quote_literal(v_bad.key)),
-      'A key is unique among live jobs.');
+  v_more := exists (select from unnest(v_specs) as s(spec) where s.spec ?| array['job_key', 'compensate']);
+  if v_more then
+    select min(k.n) as n, k.key into v_bad
+    from (select s.n, s.spec ->> 'job_key' as key from unnest(v_specs) with ordinality as s(spec, n)) as k
+    where k.key is not null
+    group by k.key having count(*) > 1
+    order by 1 limit 1;
+    if found then
+      perform pgworker.refuse_tree(
+        format('%s.job_key %s is used by another job of the tree',
+               pgworker.spec_label(p_base, v_bad.n, v_parents, v_places), quote_literal(v_bad.key)),
+        'A key is unique among live jobs.');
+    end if;
   end if;
 
   v_orders := v_tree.orders;
@@ -149,7 +154,7 @@ begin
   from unnest(v_edges.froms, v_edges.tos) as e(f, t)
   order by 1, 2;
 
-  if exists (select from unnest(v_specs) as s(spec) where s.spec ? 'compensate') then
+  if v_more and exists (select from unnest(v_specs) as s(spec) where s.spec ? 'compensate') then
     perform pgworker.add_compensations(v_specs, p_base, v_parents, v_places, v_ids, coalesce(p_parent.root_id, v_ids[1]));
     if p_parent.id is not null then
       perform pgworker.postpone(array[p_parent.root_id], 'compensate');    -- whoever ends the root may not see them yet

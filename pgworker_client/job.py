@@ -23,9 +23,29 @@ _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _scan = json.JSONDecoder().raw_decode
 
 
-def decode(text: str) -> Any:
-    """The value of a JSON text written by PostgreSQL, which never begins with white space."""
+def _decode(text: str) -> Any:
     return _scan(text)[0]
+
+
+def _fast_decoder() -> Callable[[str], Any]:
+    """As `_decode`, by msgspec where it is installed; what that refuses, huge numbers, is read without it."""
+    try:
+        import msgspec
+    except ImportError:
+        return _decode
+    quick = msgspec.json.Decoder().decode
+
+    def fast(text: str) -> Any:
+        try:
+            return quick(text)
+        except (msgspec.MsgspecError, RecursionError):
+            return _decode(text)
+
+    return fast
+
+
+#: The value of a JSON text written by PostgreSQL, which never begins with white space.
+decode: Callable[[str], Any] = _fast_decoder()
 
 
 def end_of_value(text: str, start: int) -> int:
