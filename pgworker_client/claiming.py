@@ -133,8 +133,7 @@ class Claimer:
             elif rows:
                 fruitless = 0
                 # Taken away and claimed again by ourselves: heartbeat() will not say that the first claim is lost.
-                ours = self._running().union([row[ID] for row in self._feed.jobs])
-                for job_id in ours.intersection([row[ID] for row in rows]):
+                for job_id in self._here().intersection([row[ID] for row in rows]):
                     self._on_claimed_again(job_id)
                 self._feed.put(rows)
                 if len(rows) <= self._settings.concurrency:
@@ -251,4 +250,8 @@ class Claimer:
             self._finisher.give_back([(job_id, "", "", held[job_id]) for job_id in unknown])
 
     def _known(self) -> set[int]:
-        return {row[ID] for row in list(self._feed.jobs)} | self._running() | self._finisher.unreported()
+        return self._here() | self._finisher.unreported()
+
+    def _here(self) -> set[int]:
+        # Copied at once: the presence thread may take jobs out meanwhile.
+        return {row[ID] for row in list(self._feed.jobs)} | self._running()
