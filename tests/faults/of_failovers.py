@@ -18,13 +18,13 @@ def promoted(_ground: Ground, trial: Trial) -> None:
     """The primary crashes, the replica is promoted; the workers know both and want the one that can be written to."""
     primary = trial.server
     with Standby(primary) as standby:
+        standby.keep_up()  # else what was recorded might be lost with it, and its job reported to the replica
         dsn = make_conninfo(
             host=f"{standby.host},{primary.host}", port=f"{standby.port},{primary.port}", user="worker",
             dbname=trial.dbname, target_session_attrs="read-write",
         )  # fmt: skip
         with trial.fleet(dsn, 2) as fleet:
             trial.underway()
-            standby.catch_up()
             with trial.fault():
                 primary.stop("immediate")
                 until(lambda: fleet.all_say("trying again"), "the workers notice", timeout=60)
