@@ -25,5 +25,6 @@ def errors(server: EmbeddedServer, since: int = 0) -> list[str]:
             pids = set(re.findall(r"[Pp]rocess (\d+)", entry + entries[min(n + 1, len(entries) - 1)]))
             pids |= set(re.findall(r"^\S+ \S+ \S+ \[(\d+)\]", entry))
             about = [e for e in entries[max(0, n - 60) : n + 12] if any(f"[{pid}]" in e for pid in pids)]
-            found.append("".join(about)[-12000:])
+            # Of statements the first line says enough.
+            found.append(re.sub(r"^\t +.*\n", "", "".join(about), flags=re.M)[-12000:])
     return found
