@@ -18,7 +18,6 @@
 -- pgworker.cursor how far it has come, and starts there: the cost of a claim does not grow with what lies behind. The
 -- setting is no row: not versioned, not contended, undone by rollback, gone with the session. It is a list of numbers
 --
---   0 when to try brief claims again
 --   1 whose   2 epoch   3 time of last sweep   4 cost of last sweep   5 turn
 --   then for each known priority, ascending:
 --   6 priority   7 run_at   8 id   9 run_at in queues   10 id in queues
@@ -33,8 +32,8 @@
 --
 -- Where a sweep takes less than a millisecond every claim is one; and if there are no queued jobs, no timeouts and no
 -- jobs that their limits let through it is a brief one: one statement over all priorities, which neither needs nor moves
--- the cursor. That may meet a million jobs of the future, which the others leap over. So after one that took longer than
--- a millisecond, for a hundred times as long none is tried.
+-- the cursor. That would meet all jobs of the future, which the others leap over: so a sweep that sees more than a few of
+-- them is taken to cost a millisecond, and so is a brief claim that took longer than that.
 --
 -- The planner must walk the claim indexes in their order whatever the statistics say, hence the settings of get_jobs:
 -- they hold for the plans made in it and in what it calls, which are kept for the session.
@@ -133,7 +132,6 @@ declare
   v_text    text := current_setting('pgworker.cursor', true);
   v_asleep  boolean := coalesce(current_setting('pgworker.asleep', true), '') = 'yes';
   v_cursor  bigint[];
-  v_not_before bigint;
   v_worker  record;
   v_paused  text[];            -- these, and limited ones, are passed over
   v_limits  boolean := false;
@@ -141,6 +139,7 @@ declare
   v_forbidden text[];
   v_sweeps  boolean;
   v_brief   boolean := false;
+  v_dear    boolean;
   v_epoch   bigint;
   v_margin  bigint;
   v_priority int;
@@ -167,11 +166,8 @@ begin
 
   if hashtext(split_part(v_text, '#', 1))::text = split_part(v_text, '#', 2) then
     v_cursor := string_to_array(split_part(v_text, '#', 1), ' ')::bigint[];
-    v_not_before := v_cursor[1];
-    v_cursor := v_cursor[2:];
     v_started := clock_timestamp();                -- a variable, so that cursor_at is inlined
-    v_brief := (v_cursor[1] = v_whose and v_cursor[4] between 0 and 999
-                and v_not_before - pgworker.cursor_at(v_started) not between 1 and 86400000000) is true;
+    v_brief := (v_cursor[1] = v_whose and v_cursor[4] between 0 and 999) is true;
   end if;
 
   select w.lease, w.timeouts,
@@ -201,8 +197,6 @@ begin
 
   if v_brief then
     -- Nothing can be had but a few jobs in no queue and without limits: all that matters is how few statements it takes.
-    v_not_before := null;
-    v_started := clock_timestamp();
     return query
     with picked as materialized (
       select j.ctid as tid
@@ -228,8 +222,10 @@ begin
     get diagnostics v_left = row_count;
     v_left := v_most - v_left;
     v_ended := clock_timestamp();
-    if v_ended > v_started + interval '1 millisecond' then
-      v_not_before := pgworker.cursor_at(v_ended + 100 * (v_ended - v_started));
+    v_dear := v_ended > v_started + interval '1 millisecond';
+    if v_dear then
+      v_cursor[3] := pgworker.cursor_at(v_ended);
+      v_cursor[4] := 1000;
     end if;
   else
     select e.last_value into v_epoch from pgworker.epoch e;
@@ -355,6 +351,15 @@ begin
         v_ended := clock_timestamp();
         v_cursor[4] := case when v_cursor[4] < 0 and v_ended < v_started + interval '100 milliseconds' then 0
                             else (extract(epoch from v_ended - v_started) * 1000000)::bigint end;
+        if v_cursor[4] < 1000
+           and exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
+                       where (select count(*)
+                              from (select from pgworker.job j
+                                    where j.queue_name is null and j.lane is null and not j.waiting
+                                      and j.priority = v_cursor[g.n] and j.run_at > v_now
+                                    order by j.run_at, j.id limit 100) as f) = 100) then
+          v_cursor[4] := 1000;
+        end if;
         v_cursor[3] := pgworker.cursor_at(v_ended);
         v_cursor[2] := v_epoch;
       end if;
@@ -365,9 +370,9 @@ begin
     end loop;
   end if;
 
-  if not v_brief or v_not_before is not null then
+  if not v_brief or v_dear then
     -- Two hundred priorities are remembered; whoever uses more pays with more probes.
-    v_text := array_to_string(coalesce(v_not_before, 0) || v_cursor[1:1005], ' ');
+    v_text := array_to_string(v_cursor[1:1005], ' ');
     v_text := set_config('pgworker.cursor', v_text || '#' || hashtext(v_text), false);
   end if;
 

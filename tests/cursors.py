@@ -9,7 +9,7 @@ import psycopg
 Conn = psycopg.Connection[Any]
 
 #: Where among them: since when, and for how many microseconds, the last sweep went on.
-SWEPT, COST = 3, 4
+SWEPT, COST = 2, 3
 
 
 def numbers(conn: Conn) -> list[str]:
@@ -27,6 +27,5 @@ def sweeps_cost(conn: Conn, microseconds: int, ago: int = 0) -> None:
         row = conn.execute("select pgworker.cursor_at(clock_timestamp()) - %s", [ago]).fetchone()
         assert row is not None
         seen[SWEPT], seen[COST] = str(row[0]), str(microseconds)
-        seen[0] = "0"
         text = " ".join(seen)
         conn.execute("select set_config('pgworker.cursor', %s || '#' || hashtext(%s), false)", [text, text])

@@ -38,13 +38,13 @@ def test_a_garbled_cursor_is_ignored(tx: Conn, garbled: str) -> None:
     all_of(tx, worker, ids)
 
 
-@pytest.mark.parametrize("position", range(11))
+@pytest.mark.parametrize("position", range(10))
 def test_a_cursor_with_a_senseless_number_hides_no_job_for_long(tx: Conn, position: int) -> None:
     worker = register(tx)
     add(tx)
     assert len(claim_ids(tx, worker)) == 1
     good = numbers(tx)
-    assert len(good) == 11
+    assert len(good) == 10
     for senseless in [*BIGINTS, ""]:
         ids = {add(tx)["id"], add(tx, queue_name=f"q{senseless}")["id"]}
         garbled = " ".join([*good[:position], str(senseless), *good[position + 1 :]])
@@ -52,7 +52,7 @@ def test_a_cursor_with_a_senseless_number_hides_no_job_for_long(tx: Conn, positi
         all_of(tx, worker, ids)
 
 
-@pytest.mark.parametrize("entries", [1, 3, 4, 6, 9, 11])
+@pytest.mark.parametrize("entries", [1, 2, 3, 5, 8, 10])
 def test_a_cursor_that_was_cut_off_is_ignored(tx: Conn, entries: int) -> None:
     worker = register(tx)
     add(tx)
