@@ -6,7 +6,6 @@
 --   cancel_pending     those that will never start
 --   settle_followers   the after of siblings
 --   fail_parents       the policy fail-parent
---   forget             removes what is stored of subtrees
 --   settle_leftovers   what had to be put off (postpone, in 56_cascading.sql); maintain() calls it
 --
 -- A trigger, not a call in finish(): so it does not matter who ends a job and how, a plain DELETE by an administrator
@@ -174,64 +173,6 @@ $$;
 comment on function pgworker.settle_followers(pgworker.ended[], bigint[]) is
   'Internal: siblings that waited for jobs that have ended start, or, where these did not end well and no parent is '
   'there to fail (p_parents: those that are), end as cancelled.';
-
-create function pgworker.forget(p_ids bigint[], p_roots bigint[]) returns void
-language plpgsql volatile parallel unsafe
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
-set jit = off
-as $$
-declare
-  v_ids  bigint[];
-  v_in   bigint[];                                 -- of which trees
-  v_gone bigint[];
-begin
-  with recursive below as (
-    select u.id, u.root_id from unnest(p_ids, p_roots) as u(id, root_id)
-    union all
-    select c.id, b.root_id
-    from below b
-    cross join lateral (select f.id from pgworker.finished f where f.root_id = b.root_id and f.parent_id = b.id
-                        offset 0) as c
-  )
-  select array_agg(b.id), array_agg(b.root_id) into v_ids, v_in from below b;
-  if exists (select from pgworker.compensation c where c.root_id = any (p_roots)) then
-    perform pgworker.remember(v_ids);
-  end if;
-  -- Whoever holds one changes it, or makes it live again: that is looked at later.
-  delete from pgworker.finished f
-  where f.ctid = any (array(select o.ctid from pgworker.finished o where o.id = any (v_ids) for update skip locked))
-    and not exists (select from pgworker.compensation c
-                    where c.node_id = f.id and c.node is null and f.state = 'completed' offset 0);
-  v_gone := array(select u.id from unnest(v_ids) as u(id)
-                  where not exists (select from pgworker.finished f where f.id = u.id offset 0)
-                    and not exists (select from pgworker.job j where j.id = u.id offset 0));
-  -- Somebody may be forgetting the job at the other end of a link, and wait for a counter of ours next. If he does not
-  -- commit, we have to come back.
-  delete from pgworker.dependency d
-  where d.ctid = any (array(select o.ctid from pgworker.dependency o where o.after_id = any (v_gone) for update skip locked));
-  delete from pgworker.dependency d
-  where d.ctid = any (array(select o.ctid from pgworker.dependency o where o.job_id = any (v_gone) for update skip locked));
-  perform pgworker.postpone(array_agg(u.id), 'stop', array_agg(u.root_id), array_agg(format('job %s was removed', u.id)),
-                            array_agg(u.id))
-  from unnest(v_ids, v_in) as u(id, root_id)
-  where (u.id in (select g.id from unnest(v_gone) as g(id))) is true
-    and (exists (select from pgworker.dependency d where d.after_id = u.id offset 0)
-         or exists (select from pgworker.dependency d where d.job_id = u.id offset 0));
-  -- Of whole trees: also when the root went before, while somebody was adding children with compensations below it.
-  perform pgworker.drop_compensations(array(select distinct r.id from unnest(p_roots) as r(id)
-                                            where not exists (select from pgworker.finished f where f.id = r.id offset 0)
-                                              and not exists (select from pgworker.job j where j.id = r.id offset 0)));
-  perform pgworker.postpone(array_agg(f.parent_id), 'stop', array_agg(f.root_id),
-                            array_agg(format('job %s was removed', f.parent_id)), array_agg(f.parent_id))
-  from pgworker.finished f
-  where f.id = any (v_ids) and f.id not in (select u.id from unnest(p_ids) as u(id));
-end
-$$;
-comment on function pgworker.forget(bigint[], bigint[]) is
-  'Internal: removes what is stored of these jobs and of everything below them. What still runs there goes when it ends.';
 
 create function pgworker.settle_ended(p_ended pgworker.ended[]) returns void
 language plpgsql volatile parallel unsafe

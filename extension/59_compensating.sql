@@ -5,9 +5,8 @@
 --   account              what a compensation is told of its node
 --   remember             ... of one that completed, when it is about to be forgotten or undone
 --   remember_success     ... of one that was to stop, and reports that it is done
---   compensate           adds the compensations of trees that have failed and come to rest
+--   compensate           adds the compensations of trees that have failed and come to rest; compensate_root for one
 --   lock_compensated     what cannot be run again or declared completed any more
---   drop_compensations   a tree is forgotten
 --   compensations        the public view
 --
 -- A tree has failed for good when its root has failed or was cancelled (settle_ended() says so) and nothing of it is live.
@@ -109,14 +108,13 @@ comment on function pgworker.remember_success(bigint[], jsonb[]) is
   'Internal: these jobs, whose rows the caller has locked, were asked to stop, and have been reported as completed: they '
   'are to be undone like any that completed.';
 
-create function pgworker.compensate(p_roots bigint[]) returns void
+create function pgworker.compensate_root(p_root_id bigint) returns void
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
 as $$
 declare
-  v_root  bigint;
   v_held  bigint[];
   v_done  bigint[];
   v_specs jsonb;
@@ -124,47 +122,73 @@ declare
   v_job   pgworker.job;
   v_ids   bigint[];
 begin
-  for v_root in
+  v_held := array(select c.node_id from pgworker.compensation c where c.root_id = p_root_id for update skip locked);
+  if exists (select from pgworker.compensation c where c.root_id = p_root_id and c.job_id is not null) then
+    return;
+  end if;
+  if not exists (select from pgworker.finished f where f.id = p_root_id and f.state in ('failed', 'cancelled')) then
+    -- Live, or completed. Somebody may be ending it who did not see all of its compensations.
+    if exists (select from pgworker.job j where j.id = p_root_id)
+       and not exists (select from pgworker.job j where j.id = p_root_id for key share skip locked) then
+      perform pgworker.postpone(array[p_root_id], 'compensate');
+    end if;
+    return;
+  end if;
+  if cardinality(v_held) < (select count(*) from pgworker.compensation c where c.root_id = p_root_id)
+     or exists (select from pgworker.job j where j.root_id = p_root_id) then
+    perform pgworker.postpone(array[p_root_id], 'compensate');
+    return;
+  end if;
+
+  perform pgworker.remember(v_held);
+  v_salt := gen_random_uuid()::text;               -- names that no sibling has
+  select array_agg(d.node_id order by d.n),
+         jsonb_agg(d.spec || jsonb_build_object(
+           'payload', coalesce(nullif(d.spec -> 'payload', 'null'), '{}') || jsonb_build_object('node', d.node),
+           'name', v_salt || d.n, 'after', case when d.n > 1 then jsonb_build_array(v_salt || d.n - 1) end,
+           'on_failure', 'ignore') order by d.n)
+  into v_done, v_specs
+  from (select c.node_id, c.spec, c.node, row_number() over (order by c.finished_at desc, c.node_id desc) as n
+        from pgworker.compensation c
+        where c.root_id = p_root_id and c.node is not null) as d;
+  if v_done is null then
+    return;                                        -- nothing was done that could be undone
+  end if;
+  v_job.id := p_root_id;
+  v_job.root_id := p_root_id;
+  v_job.depth := 0;
+  v_ids := pgworker.put_nodes(v_specs, 'compensations', v_job, null);
+  update pgworker.job j set name = format('compensation of job %s', u.node_id)
+  from unnest(v_ids, v_done) as u(id, node_id)
+  where j.id = any (array[u.id]);
+  update pgworker.compensation c set job_id = u.id
+  from unnest(v_ids, v_done) as u(id, node_id)
+  where c.node_id = any (array[u.node_id]);
+end
+$$;
+comment on function pgworker.compensate_root(bigint) is
+  'Internal: compensate() for one tree.';
+
+create function pgworker.compensate(p_roots bigint[]) returns void
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+set lock_timeout = '5ms'
+as $$
+declare
+  v_root_id bigint;
+begin
+  for v_root_id in
     select c.root_id from pgworker.compensation c where c.root_id = any (p_roots) group by c.root_id order by c.root_id
   loop
-    v_held := array(select c.node_id from pgworker.compensation c where c.root_id = v_root for update skip locked);
-    continue when exists (select from pgworker.compensation c where c.root_id = v_root and c.job_id is not null);
-    if not exists (select from pgworker.finished f where f.id = v_root and f.state in ('failed', 'cancelled')) then
-      -- Live, or completed. Somebody may be ending it who did not see all of its compensations.
-      if exists (select from pgworker.job j where j.id = v_root)
-         and not exists (select from pgworker.job j where j.id = v_root for key share skip locked) then
-        perform pgworker.postpone(array[v_root], 'compensate');
-      end if;
-      continue;
-    end if;
-    if cardinality(v_held) < (select count(*) from pgworker.compensation c where c.root_id = v_root)
-       or exists (select from pgworker.job j where j.root_id = v_root) then
-      perform pgworker.postpone(array[v_root], 'compensate');
-      continue;
-    end if;
-
-    perform pgworker.remember(v_held);
-    v_salt := gen_random_uuid()::text;             -- names that no sibling has
-    select array_agg(d.node_id order by d.n),
-           jsonb_agg(d.spec || jsonb_build_object(
-             'payload', coalesce(nullif(d.spec -> 'payload', 'null'), '{}') || jsonb_build_object('node', d.node),
-             'name', v_salt || d.n, 'after', case when d.n > 1 then jsonb_build_array(v_salt || d.n - 1) end,
-             'on_failure', 'ignore') order by d.n)
-    into v_done, v_specs
-    from (select c.node_id, c.spec, c.node, row_number() over (order by c.finished_at desc, c.node_id desc) as n
-          from pgworker.compensation c
-          where c.root_id = v_root and c.node is not null) as d;
-    continue when v_done is null;                  -- nothing was done that could be undone
-    v_job.id := v_root;
-    v_job.root_id := v_root;
-    v_job.depth := 0;
-    v_ids := pgworker.put_nodes(v_specs, 'compensations', v_job, null);
-    update pgworker.job j set name = format('compensation of job %s', u.node_id)
-    from unnest(v_ids, v_done) as u(id, node_id)
-    where j.id = any (array[u.id]);
-    update pgworker.compensation c set job_id = u.id
-    from unnest(v_ids, v_done) as u(id, node_id)
-    where c.node_id = any (array[u.node_id]);
+    loop
+      begin
+        perform pgworker.compensate_root(v_root_id);
+        exit;
+      exception when lock_not_available then       -- as in lock_free(): held by somebody who may wait for a counter of ours
+      end;
+    end loop;
   end loop;
 end
 $$;
@@ -193,22 +217,6 @@ $$;
 comment on function pgworker.lock_compensated(bigint[]) is
   'Internal: keeps the compensations of the trees of these finished jobs from beginning until the transaction ends, and '
   'returns those of the jobs for which it is too late.';
-
-create function pgworker.drop_compensations(p_roots bigint[]) returns void
-language plpgsql volatile parallel unsafe
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-as $$
-begin
-  delete from pgworker.compensation c
-  where c.ctid = any (array(select o.ctid from pgworker.compensation o where o.root_id = any (p_roots) for update skip locked));
-  perform pgworker.postpone(array(select distinct c.root_id from pgworker.compensation c where c.root_id = any (p_roots)),
-                            'forget');
-end
-$$;
-comment on function pgworker.drop_compensations(bigint[]) is
-  'Internal: removes the compensations of trees that are forgotten; what somebody holds is left to maintain().';
 
 create view pgworker.compensations as
 select c.node_id, c.root_id, c.spec as compensate, c.job_id, v.state, v.last_error

@@ -154,11 +154,7 @@ begin
 
   -- What their last end has left to be done is not to be done any more.
   delete from pgworker.counter c where c.job_id = any (p_ids);
-  delete from pgworker.unsettled u
-  where u.ctid = any (array(select o.ctid from pgworker.unsettled o
-                            where o.job_id in (select i.id from unnest(p_ids || v_spared) as i(id))
-                               or o.cause_id in (select i.id from unnest(p_ids) as i(id))
-                            for update skip locked));
+  perform pgworker.drop_leftovers(p_ids, v_spared);
   delete from pgworker.notice n
   using pgworker.job j
   where n.job_id = j.id and n.notice = 'cancel' and j.id = any (v_spared) and j.locked_by = n.worker_id;
