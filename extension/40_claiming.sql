@@ -8,7 +8,7 @@
 --   next_run_at              when a sleeping worker should look again
 --
 -- Locks: its session's row of interest (nobody else's), then job rows with SKIP LOCKED (a claim never waits for a job),
--- then, if it got any, the worker's row FOR KEY SHARE: it cannot be declared dead between here and our commit (jobs claimed
+-- then, if it got any, the worker's row FOR KEY SHARE: it cannot be forgotten between here and our commit (jobs claimed
 -- by a worker that nobody knows would be given back by nobody), and whoever does that waits for nobody's jobs; who did so
 -- before us has removed the row, and nothing is claimed. A claim that finds nothing writes nothing. Serial queues are in
 -- 45_queues.sql, tasks with limits in 42_limits.sql: this path passes over them like over paused ones.

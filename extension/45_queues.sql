@@ -2,6 +2,7 @@
 --
 --   make_queues    rows for queues that run something for the first time
 --   claim_queued   claims the heads of free queues that come first
+--   lock_free_queues  those of jobs that are to be given back, if nobody holds them
 --   free_queues    a queue's job has ended or was given back
 --
 -- A queue that runs a job has its id in queue.job_id; that, under the queue's row lock, is the whole exclusion. A claim
@@ -237,6 +238,34 @@ comment on function pgworker.claim_queued(
   bigint, timestamptz, int, text[], text[], text[], boolean, bigint[], bigint[], smallint[], timestamptz[]) is
   'Internal: claims those heads of free queues that are among the first p_limit jobs; and moves the cursor as far as it '
   'has looked.';
+
+create function pgworker.lock_free_queues(p_ids bigint[]) returns bigint[]
+language plpgsql volatile parallel unsafe
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_names constant text[] := array(select j.queue_name from pgworker.job j
+                                   where j.id = any (p_ids) and j.queue_name is not null);
+  v_free  text[];
+begin
+  if cardinality(v_names) = 0 then
+    return p_ids;
+  end if;
+  v_free := array(select q.name from pgworker.queue q where q.name = any (v_names) order by q.name for update skip locked);
+  return array(select j.id from pgworker.job j
+               where j.id = any (p_ids)
+                 and not exists (select from pgworker.queue q
+                                 where q.name = j.queue_name and q.name not in (select u.name from unnest(v_free) as u(name))
+                                 offset 0)
+               order by j.id);
+end
+$$;
+comment on function pgworker.lock_free_queues(bigint[]) is
+  'Internal: locks those queues of these jobs that nobody else has locked, and returns the jobs that are in no other.';
 
 create function pgworker.free_queues(p_names text[], p_job_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe

@@ -10,8 +10,8 @@
 -- There is no index by which overdue jobs could be found in table job, since claims could then not be HOT; so claims of
 -- jobs that have a timeout, and only these, write one row for each timeout among them. A worker that does not begin at once
 -- what it has claimed says so from time to time: then another row counts, for a run is known by when it was claimed.
--- Locks: rows of deadline, which only maintain() takes, then job rows by id (lock_free(): who holds one may be ending it),
--- then what 50_finishing.sql takes.
+-- Locks: rows of deadline, which only maintain() takes, then job rows by id and queues (lock_free(), lock_free_queues(): who
+-- holds one may be ending it), then what 50_finishing.sql takes.
 
 create function pgworker.check_timeouts(p_timeouts jsonb) returns void
 language plpgsql immutable parallel safe
@@ -134,7 +134,7 @@ begin
     return false;
   end if;
 
-  v_held := pgworker.lock_free(v_ids);
+  v_held := pgworker.lock_free_queues(pgworker.lock_free(v_ids));
   with overdue as materialized (
     select j.id, j.ends_as, j.cancel_reason, j.attempts < j.max_attempts as again,
            format('timed out after %s s; worker %s did not stop it', trim_scale(extract(epoch from u.timeout)),

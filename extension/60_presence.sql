@@ -150,9 +150,9 @@ comment on function pgworker.tell_lost(bigint[]) is
 -- started or was stopped in good order. Otherwise a job whose attempts are used up fails with what happened to its worker
 -- (p_reason). Returns the ids.
 -- There is no index on locked_by (claims could not be HOT), so giving all back reads the live table once: it happens when
--- a worker has died or says goodbye. All rows are locked in one go, by id, whichever worker they belong to; rows that
--- somebody else holds at this moment are left, and with them the worker, for the next maintain(): nobody's rescue waits
--- for another transaction.
+-- a worker has died or says goodbye. All rows are locked in one go, by id, whichever worker they belong to; jobs whose row,
+-- or whose queue's, somebody else holds at this moment are left, and with them the worker, for the next maintain(): nobody's
+-- rescue waits for another transaction.
 create function pgworker.give_back(p_worker_ids bigint[], p_job_ids bigint[], p_refund boolean, p_reason text)
 returns bigint[]
 language plpgsql volatile parallel unsafe
@@ -171,8 +171,8 @@ declare
   v_records constant boolean := pgworker.records();
 begin
   if p_job_ids is null then
-    v_ids := array(select j.id from pgworker.job j where j.locked_by = any (p_worker_ids)
-                   order by j.id for update skip locked);
+    v_ids := pgworker.lock_free_queues(array(
+      select j.id from pgworker.job j where j.locked_by = any (p_worker_ids) order by j.id for update skip locked));
   else
     v_ids := array(select j.id from pgworker.job j where j.id = any (p_job_ids) and j.locked_by = any (p_worker_ids)
                    order by j.id for update);
@@ -244,24 +244,32 @@ comment on function pgworker.held_jobs(bigint) is
   'The jobs that a worker holds, with their attempts: for a worker whose connection broke under a claim. Reads the whole '
   'live table.';
 
-create function pgworker.forget_workers(p_worker_ids bigint[]) returns boolean
+create function pgworker.forget_workers(p_worker_ids bigint[]) returns bigint[]
 language plpgsql volatile parallel unsafe
 set search_path = pg_catalog, pg_temp
 set jit = off
 as $$
 declare
+  v_ids constant bigint[] := array(select u.id from unnest(p_worker_ids) as u(id)
+                                   except select j.locked_by from pgworker.job j where j.locked_by = any (p_worker_ids));
   v_gone bigint[];
 begin
-  v_gone := array(select w.id from unnest(p_worker_ids) as w(id)
-                  except select j.locked_by from pgworker.job j where j.locked_by = any (p_worker_ids));
+  -- Whoever claims in its name at this moment holds its row; the lock keeps others from it, and then it is looked at anew.
+  v_gone := array(select w.id from pgworker.worker w where w.id = any (v_ids) order by w.id for update skip locked);
+  -- A claim that found nothing may not have been committed yet.
+  delete from pgworker.interest i
+  where i.ctid = any (array(
+    select o.ctid from pgworker.interest o where o.worker_id = any (v_gone) for update skip locked));
+  v_gone := array(select u.id from unnest(v_gone) as u(id)
+                  except select j.locked_by from pgworker.job j where j.locked_by = any (v_gone)
+                  except select i.worker_id from pgworker.interest i where i.worker_id = any (v_gone));
   delete from pgworker.notice n where n.worker_id = any (v_gone);
-  delete from pgworker.interest i where i.worker_id = any (v_gone);
   delete from pgworker.worker w where w.id = any (v_gone);
-  return cardinality(v_gone) = cardinality(p_worker_ids);
+  return v_gone;
 end
 $$;
 comment on function pgworker.forget_workers(bigint[]) is
-  'Internal: removes those of these workers that hold nothing any more; true if all are gone.';
+  'Internal: removes those of these workers that hold nothing any more and claim nothing, and returns them.';
 
 create function pgworker.unregister_worker(worker_id bigint) returns void
 language plpgsql volatile parallel unsafe security definer
@@ -276,7 +284,7 @@ begin
       unregister_worker.worker_id, 'It was unregistered before, or was gone for too long; nothing is left to be done.');
   end if;
   perform pgworker.give_back(array[unregister_worker.worker_id], null, true, null);
-  if not pgworker.forget_workers(array[unregister_worker.worker_id]) then
+  if cardinality(pgworker.forget_workers(array[unregister_worker.worker_id])) = 0 then
     update pgworker.worker w set lease_until = pgworker.clock() where w.id = unregister_worker.worker_id;
   end if;
   if v_lease is null and exists (
@@ -343,6 +351,7 @@ declare
   v_grace  interval;
   v_worker record;
   v_dead   bigint[] := array[]::bigint[];
+  v_rescued boolean := false;
   v_next   interval := interval '1 second';
 begin
   -- One at a time is enough; the others have nothing to add.
@@ -359,40 +368,41 @@ begin
   loop
     if v_worker.lease is not null then
       continue when v_worker.present;
-    elsif v_worker.present then
-      if v_worker.missing_since is not null then
-        update pgworker.worker w set missing_since = null where w.id = v_worker.id;
-      end if;
-      continue;
-    elsif v_worker.missing_since is null then
-      update pgworker.worker w set missing_since = v_now where w.id = v_worker.id;
+    elsif v_worker.present = (v_worker.missing_since is not null) then
+      -- One that somebody else holds is looked at again the next time.
+      update pgworker.worker w set missing_since = case when not v_worker.present then v_now end
+      where w.ctid = any (array(select o.ctid from pgworker.worker o where o.id = v_worker.id for no key update skip locked));
       v_next := least(v_next, v_grace);
+      continue;
+    elsif v_worker.present then
       continue;
     elsif v_worker.missing_since + v_grace > v_now then
       v_next := least(v_next, v_worker.missing_since + v_grace - v_now);
       continue;
     end if;
-    -- Locked only now: the lock keeps the worker's own claims out. Whoever claims at this moment is not dead.
+    -- Locked only now: whoever renews its lease at this moment is not dead. Claims may hold its row, too; what they have
+    -- not committed yet is given back when they have.
     perform from pgworker.worker w
     where w.id = v_worker.id and (w.lease is null or w.lease_until <= v_now)
-    for update skip locked;
+    for no key update skip locked;
     continue when not found;
     v_dead := v_dead || v_worker.id;
   end loop;
 
   perform pgworker.adopt_jobs(v_now);
   if cardinality(v_dead) > 0 then
-    perform pgworker.give_back(v_dead, null, false, 'vanished while it ran this job');
-    perform pgworker.forget_workers(v_dead);
+    v_rescued := cardinality(pgworker.give_back(v_dead, null, false, 'vanished while it ran this job')) > 0;
+    v_rescued := cardinality(pgworker.forget_workers(v_dead)) > 0 or v_rescued;
   end if;
 
-  -- One or the other: each may hold counters by then, and wait for nothing else.
-  if cardinality(v_dead) > 0 or pgworker.time_out(v_now) or pgworker.settle_leftovers() or pgworker.prune(v_now) then
+  -- One or the other: each may hold counters by then, and wait for nothing else. What others hold of dead workers is left,
+  -- perhaps for hours: it keeps nothing else from being done.
+  if v_rescued or pgworker.time_out(v_now) or pgworker.settle_leftovers() or pgworker.prune(v_now) then
     v_next := interval '0';                        -- there may be more; each in a transaction of its own
   end if;
   -- Last, because it waits for nothing but, a moment, jobs with the same key; and not while we hold the rows of workers, for
   -- which a claim of theirs may wait that has just taken such a job.
-  if cardinality(v_dead) = 0 then
+  if not v_rescued then
     v_next := least(v_next, pgworker.run_schedules(v_now));
   end if;
   return greatest(v_next, interval '10 milliseconds');

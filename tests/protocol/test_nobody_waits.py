@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from tests.calling import Conn, add, call, claim_ids, refused, register, rows, seen, state, value
-from tests.clock import maintain
+from tests.clock import at, maintain
 from tests.connections import Connections
 from tests.protocol.test_presence import leave
 from tests.sessions import Background
@@ -88,6 +90,117 @@ def test_a_farewell_does_not_wait_for_a_job_that_somebody_holds(db: Conn, connec
     maintain(db, 0)
     maintain(db, 6)
     assert state(db, held) == "ready"
+
+
+def test_a_rescue_does_not_wait_for_whoever_holds_a_queue(db: Conn, connect: Connections) -> None:
+    dying, leaving, admin, rescuer = connect(), connect(), connect(), hasty(connect)
+    worker, other = register(dying), register(leaving)
+    queued, overdue, plain = add(db, queue_name="q")["id"], add(db, "b", queue_name="r")["id"], add(db)["id"]
+    call(db, "configure_task", "b", timeout="1 minute")
+    at(leaving, 0)
+    assert claim_ids(dying, worker, 10, tasks=["a"]) == [queued, plain]
+    assert claim_ids(leaving, other, tasks=["b"]) == [overdue]
+    maintain(db, 0)
+    leave(db, dying)
+    maintain(rescuer, 0)
+    with admin.transaction():
+        call(admin, "pause_queue", "q")
+        call(admin, "pause_queue", "r")
+        maintain(rescuer, 6)
+        maintain(rescuer, 71)
+        assert [state(db, job) for job in (queued, overdue, plain)] == ["running", "running", "ready"]
+    maintain(rescuer, 73)
+    maintain(rescuer, 73)
+    assert [state(db, job) for job in (queued, overdue)] == ["ready", "scheduled"]
+    with refused(db, "PW002", f"worker {worker} is unknown"):
+        call(db, "heartbeat", worker)
+
+
+def test_a_farewell_does_not_wait_for_whoever_holds_a_queue(db: Conn, connect: Connections) -> None:
+    leaving, admin = hasty(connect), connect()
+    worker = register(leaving)
+    queued, plain = add(db, queue_name="q")["id"], add(db)["id"]
+    assert claim_ids(leaving, worker, 2) == [queued, plain]
+    with admin.transaction():
+        call(admin, "pause_queue", "q")
+        call(leaving, "unregister_worker", worker)
+        assert (state(db, queued), state(db, plain)) == ("running", "ready")
+    leave(db, leaving)
+    maintain(db, 0)
+    maintain(db, 6)
+    assert state(db, queued) == "ready"
+
+
+def test_a_rescue_does_not_wait_for_a_claim_that_found_nothing(db: Conn, connect: Connections) -> None:
+    claiming, rescuer = connect(), hasty(connect)
+    worker = register(db, lease="1 minute")
+    job = add(db)["id"]
+    assert claim_ids(claiming, worker, tasks=["a"]) == [job]
+    db.execute("update pgworker.worker set lease_until = '-infinity'")
+    with claiming.transaction():
+        assert claim_ids(claiming, worker, tasks=["b"]) == []
+        maintain(rescuer, 0)
+        maintain(rescuer, 6)
+        assert state(db, job) == "ready"
+    maintain(rescuer, 7)
+    for table in ("worker", "interest"):
+        assert value(db, f"select count(*) from pgworker.{table}") == 0
+
+
+def test_a_rescue_does_not_wait_for_a_farewell(db: Conn, connect: Connections) -> None:
+    dying, leaving, other, rescuer = connect(), connect(), connect(), hasty(connect)
+    worker, second = register(dying), register(other)
+    job = add(db)["id"]
+    assert claim_ids(other, second) == [job]
+    leave(db, dying)
+    leave(db, other)
+    with leaving.transaction():
+        call(leaving, "unregister_worker", worker)
+        maintain(rescuer, 0)
+        maintain(rescuer, 6)
+        assert state(db, job) == "ready"
+
+
+def test_a_rescue_that_somebody_puts_off_keeps_nothing_else_from_being_done(db: Conn, connect: Connections) -> None:
+    dying, hung, admin = connect(), connect(), connect()
+    call(db, "configure_task", "b", timeout="1 minute")
+    for conn in (db, dying, hung):
+        at(conn, 0)
+    call(db, "schedule_job", "s", "@hourly", "from the schedule")
+    worker, other = register(dying), register(hung)
+    held, overdue = add(db)["id"], add(db, "b")["id"]
+    assert claim_ids(dying, worker, tasks=["a"]) == [held]
+    assert claim_ids(hung, other, tasks=["b"]) == [overdue]
+    leave(db, dying)
+    maintain(db, 0)
+    with admin.transaction():
+        admin.execute("select from pgworker.job where id = %s for update", [held])
+        maintain(db, 3601)
+        assert (state(db, held), state(db, overdue)) == ("running", "scheduled")
+        assert maintain(db, 3601) > timedelta(seconds=0.5)  # and nobody asks again and again meanwhile
+        assert value(db, "select count(*) from pgworker.jobs where task_identifier = 'from the schedule'") == 1
+    maintain(db, 3602)
+    assert state(db, held) == "ready"
+
+
+def test_of_a_worker_that_vanished_in_a_claim_the_other_jobs_go_back(db: Conn, connect: Connections) -> None:
+    """Its client stands still, with the answer unread."""
+    frozen = connect()
+    at(frozen, 0)
+    at(db, 0)
+    worker = register(frozen, lease="30 seconds")
+    before, meanwhile = add(db)["id"], add(db)["id"]
+    assert claim_ids(frozen, worker) == [before]
+    with frozen.transaction():
+        assert claim_ids(frozen, worker) == [meanwhile]
+        for seconds in (31, 37):
+            maintain(db, seconds)
+        assert state(db, before) == "ready"
+    assert state(db, meanwhile) == "running"
+    maintain(db, 38)
+    assert state(db, meanwhile) == "ready"
+    with refused(db, "PW002", f"worker {worker} is unknown"):
+        call(db, "heartbeat", worker)
 
 
 def test_a_release_of_an_older_attempt_changes_nothing(tx: Conn) -> None:
