@@ -44,6 +44,7 @@ declare
   v_trees     boolean;                             -- some are in trees
   v_locks     boolean;
   v_keeps     boolean;
+  v_tids      tid[];                               -- rows of completed jobs, as they were claimed
   v_done      bigint[] := array[]::bigint[];
   v_left      bigint[];
   v_ids       bigint[] := array[]::bigint[];
@@ -70,8 +71,10 @@ begin
            or exists (select from pgworker.notice n where n.worker_id = finish_jobs.worker_id),
          finish_jobs.results is not null
            or exists (select from pgworker.setting s where s.name = 'keep_completed' and s.value::interval > interval '0')
-           or exists (select from pgworker.task t where t.keep_completed is not null)
-  into v_trees, v_locks, v_keeps
+           or exists (select from pgworker.task t where t.keep_completed is not null),
+         array_agg(j.ctid) filter (where j.locked_by = finish_jobs.worker_id
+                                     and (v_attempts is null or j.attempts = v_attempts[1]))
+  into v_trees, v_locks, v_keeps, v_tids
   from pgworker.job j where j.id = any (v_completed);
   if v_trees or v_locks then
     select coalesce(v_trees and not bool_or(l.asked), false) into v_trees
@@ -87,15 +90,18 @@ begin
                               finish_jobs.results, p_worker_id => finish_jobs.worker_id,
                               p_attempts => v_attempts[1:cardinality(v_completed)], p_trees => v_trees);
   elsif cardinality(v_completed) > 0 then
-    with ending as materialized (
-      select u.id, u.attempt from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
-      order by u.id
-    ), gone as (
+    -- They have been looked up already, if all are in the same attempt; who has changed one since has moved its row, and it
+    -- is left for what follows. Plain ones that run nobody waits for, so their order does not matter.
+    if v_attempts is not null and (v_attempts[1] = all (v_attempts)) is not true then
+      v_tids := array(select j.ctid
+                      from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
+                      join pgworker.job j on j.id = any (array[u.id])
+                      where j.locked_by = finish_jobs.worker_id and (u.attempt is null or j.attempts = u.attempt));
+    end if;
+    with gone as (
       delete from pgworker.job j
-      using ending e
-      where j.id = any (array[e.id]) and j.locked_by = finish_jobs.worker_id
-        and (e.attempt is null or j.attempts = e.attempt) and j.ends_as is null and j.root_id is null
-        and j.unique_until is null
+      where j.ctid = any (v_tids) and j.locked_by = finish_jobs.worker_id
+        and j.ends_as is null and j.root_id is null and j.unique_until is null
       returning j.id
     )
     select coalesce(array_agg(g.id), '{}') into v_done from gone g;

@@ -94,7 +94,7 @@ class Job:
         return cls(*values)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)  # not frozen: that makes an object cost ten times as much
 class JobRow:
     """A row of the view ``pgworker.jobs``: what the database knows of a job now, live or finished."""
 

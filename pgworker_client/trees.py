@@ -15,7 +15,7 @@ from pgworker_client.node import NodeLike, nodes_json, tree_json
 from pgworker_client.on_connection import Request, on_connection
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class TreeRow(JobRow):
     """A job with its place in a tree: the root's depth is 0."""
 

@@ -71,8 +71,6 @@ def test_a_job_comes_back_as_the_view_shows_it(db: Db) -> None:
         {"to": ["ä", None, 1.5]},
         datetime(2099, 12, 31, 22, tzinfo=UTC),
     )
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        job.state = "x"  # type: ignore[misc]
 
 
 def test_every_column_of_the_view_is_a_field(db: Db) -> None:

@@ -162,6 +162,21 @@ def test_attempts_belong_to_the_completed_first_and_then_to_the_failed(tx: Conn)
     ]  # fmt: skip
 
 
+def test_of_completed_jobs_in_several_attempts_each_is_told_by_its_own(tx: Conn) -> None:
+    worker = register(tx)
+    first, again, late, other = held(tx, worker, 4)
+    finish(tx, worker, None, None, [again], ["x"])
+    tx.execute("select count(*) from pgworker.reschedule_jobs(%s, run_at => now() - interval '1 second')", [[again]])
+    assert claim_ids(tx, worker) == [again]
+    assert finish(tx, worker, [again, first, late], None, None, None, [2, 1, 2]) == [
+        (again, "completed"), (first, "completed"), (late, "lost"),
+    ]  # fmt: skip
+    assert finish(tx, worker, [late, other], None, None, None, [1, None]) == [
+        (late, "completed"), (other, "completed"),
+    ]  # fmt: skip
+    assert rows(tx, "select from pgworker.jobs") == []
+
+
 def test_a_batch_of_thousands_ends_at_once(tx: Conn) -> None:
     move_clock(tx, "2030-01-01 00:00:00+00")  # it stands still: what failed is not due again before it is looked at
     worker = register(tx)
