@@ -44,7 +44,8 @@ declare
   v_trees     boolean;                             -- some are in trees
   v_locks     boolean;
   v_keeps     boolean;
-  v_tids      tid[];                               -- rows of completed jobs, as they were claimed
+  v_tids      tid[];                               -- rows of completed jobs, by id, and the attempts that these are in
+  v_nums      smallint[];
   v_done      bigint[] := array[]::bigint[];
   v_left      bigint[];
   v_ids       bigint[] := array[]::bigint[];
@@ -72,10 +73,12 @@ begin
          finish_jobs.results is not null
            or exists (select from pgworker.setting s where s.name = 'keep_completed' and s.value::interval > interval '0')
            or exists (select from pgworker.task t where t.keep_completed is not null),
-         array_agg(j.ctid) filter (where j.locked_by = finish_jobs.worker_id
-                                     and (v_attempts is null or j.attempts = v_attempts[1]))
-  into v_trees, v_locks, v_keeps, v_tids
-  from pgworker.job j where j.id = any (v_completed);
+         array_agg(j.ctid order by j.id) filter (where f.ours), array_agg(j.attempts order by j.id) filter (where f.ours)
+  into v_trees, v_locks, v_keeps, v_tids, v_nums
+  from pgworker.job j
+  cross join lateral (select j.locked_by = finish_jobs.worker_id
+                             and (v_attempts is null or j.attempts = v_attempts[1]) as ours) as f
+  where j.id = any (v_completed);
   if v_trees or v_locks then
     select coalesce(v_trees and not bool_or(l.asked), false) into v_trees
     from (select j.ends_as is not null as asked from pgworker.job j
@@ -91,16 +94,18 @@ begin
                               p_attempts => v_attempts[1:cardinality(v_completed)], p_trees => v_trees);
   elsif cardinality(v_completed) > 0 then
     -- They have been looked up already, if all are in the same attempt; who has changed one since has moved its row, and it
-    -- is left for what follows. Plain ones that run nobody waits for, so their order does not matter.
+    -- is left for what follows (or goes, if he has not committed yet and it is in the same attempt then). One by one, since
+    -- rows lie in another order than that of ids, in which configure_task locks them.
     if v_attempts is not null and (v_attempts[1] = all (v_attempts)) is not true then
-      v_tids := array(select j.ctid
-                      from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
-                      join pgworker.job j on j.id = any (array[u.id])
-                      where j.locked_by = finish_jobs.worker_id and (u.attempt is null or j.attempts = u.attempt));
+      select array_agg(j.ctid order by j.id), array_agg(j.attempts order by j.id) into v_tids, v_nums
+      from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
+      join pgworker.job j on j.id = any (array[u.id])
+      where j.locked_by = finish_jobs.worker_id and (u.attempt is null or j.attempts = u.attempt);
     end if;
     with gone as (
       delete from pgworker.job j
-      where j.ctid = any (v_tids) and j.locked_by = finish_jobs.worker_id
+      using unnest(v_tids, v_nums) as e(tid, attempt)
+      where j.ctid = e.tid and j.attempts = e.attempt and j.locked_by = finish_jobs.worker_id
         and j.ends_as is null and j.root_id is null and j.unique_until is null
       returning j.id
     )

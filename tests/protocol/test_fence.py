@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.calling import PAST, Conn, add, call, claim_ids, contents, refused, register, rows, seen, value
+from tests.calling import PAST, Conn, add, call, claim_ids, contents, refused, register, rows, seen, state, value
+from tests.connections import Connections
 from tests.lifecycle import STATES, bring
+from tests.sessions import Background
 
 REPORTS = {
     "complete_job": "select pgworker.complete_job(%(worker)s, %(job)s, '{\"n\": 1}')",
@@ -167,3 +169,20 @@ def test_a_job_given_back_by_its_worker_is_not_its_own_any_more(tx: Conn) -> Non
     call(tx, "release_jobs", worker, [job])
     for query in REPORTS.values():
         refuses(tx, query, worker, job)
+
+
+def test_a_late_report_that_waits_does_not_end_the_next_attempt(db: Conn, connect: Connections) -> None:
+    """The row that it has looked up is another one when the wait is over, and held by the same worker."""
+    again, late = connect(), connect()
+    worker = register(again)
+    job = add(db)["id"]
+    assert claim_ids(again, worker) == [job]
+    with again.transaction():
+        call(again, "fail_job", worker, job, "x", retry_at=PAST)
+        assert claim_ids(again, worker) == [job]
+        report = Background(
+            late, "select outcome from pgworker.finish_jobs(%s, %s, null, null, null, '{1}')", worker, [job]
+        )
+        report.wait_until_blocked(db)
+    assert report.result() == [{"outcome": "lost"}]
+    assert state(db, job) == "running"

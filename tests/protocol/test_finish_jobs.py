@@ -9,6 +9,8 @@ from psycopg.types.json import Jsonb
 
 from tests.calling import Conn, add, call, claim_ids, contents, job_row, refused, register, rows, seen, state
 from tests.clock import move_clock
+from tests.connections import Connections
+from tests.sessions import Background
 
 
 def finish(
@@ -175,6 +177,27 @@ def test_of_completed_jobs_in_several_attempts_each_is_told_by_its_own(tx: Conn)
         (late, "completed"), (other, "completed"),
     ]  # fmt: skip
     assert rows(tx, "select from pgworker.jobs") == []
+
+
+def test_completed_jobs_are_locked_in_the_order_of_ids_wherever_they_lie(db: Conn, connect: Connections) -> None:
+    """As configure_task locks all jobs of a task, also those that run: the two would wait for each other."""
+    holder, reporting, admin = connect(), connect(), connect()
+    worker = register(reporting)
+    first, second = add(db, priority=2)["id"], add(db, priority=0)["id"]
+    held_up = add(db, "b", priority=1)["id"]
+    for job in (second, held_up, first):  # the first is written last
+        assert claim_ids(reporting, worker) == [job]
+    completed = [second, held_up, first]
+    with holder.transaction():
+        holder.execute("select from pgworker.job where id = %s for update", [held_up])
+        report = Background(
+            reporting, "select outcome from pgworker.finish_jobs(%s, %s, null, null, null)", worker, completed
+        )
+        report.wait_until_blocked(db)
+        limit = Background(admin, "select pgworker.configure_task('a', max_concurrency => 1)")
+        limit.wait_until_blocked(db)
+    assert report.result() == [{"outcome": "completed"}] * 3
+    limit.result()
 
 
 def test_a_batch_of_thousands_ends_at_once(tx: Conn) -> None:
