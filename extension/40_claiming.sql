@@ -315,8 +315,8 @@ begin
           select j.ctid as tid
           from pgworker.job j
           where j.queue_name is null and j.lane is null and not j.waiting
-            and (j.priority, j.run_at, j.id) > (v_priority, v_from, v_behind)
-            and (j.priority, j.run_at) <= (v_priority, v_now)
+            -- As a row, (priority, run_at) <= ..., it would not end the scan: before PostgreSQL 18 that goes on to the last.
+            and j.priority = v_priority and (j.run_at, j.id) > (v_from, v_behind) and j.run_at <= v_now
             and j.locked_by is null
             and (get_jobs.tasks is null or j.task_identifier = any (get_jobs.tasks))
             and (v_paused is null or j.task_identifier <> all (v_paused))

@@ -127,6 +127,19 @@ def test_claims_leap_over_many_jobs_of_the_future(db: Conn) -> None:
     assert dear(register(db)) == []
 
 
+def test_a_claim_of_more_than_is_due_ends_where_the_future_begins(db: Conn) -> None:
+    worker = register(db)
+    for priority in (0, 1):
+        _fill(db, 50_000, priority=priority, hours=24)
+        add(db, "mine", priority=priority)
+    seen = []
+    for _ in range(6):
+        seen.append(buffers(db, "select * from pgworker.get_jobs(%s, 10)", worker))
+        for priority in (0, 1):
+            add(db, "mine", priority=priority)
+    assert min(seen) < 150, seen
+
+
 def _dead_entries(conn: Conn) -> None:
     _fill(conn, 100_000)
     conn.execute("delete from pgworker.job")
