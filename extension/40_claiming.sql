@@ -33,7 +33,7 @@
 -- Where a sweep takes less than a millisecond every claim is one; and if there are no queued jobs, no timeouts and no
 -- jobs that their limits let through it is a brief one: one statement over all priorities, which neither needs nor moves
 -- the cursor. That would meet all jobs of the future, which the others leap over: so a sweep that sees more than a few of
--- them is taken to cost a millisecond, and so is a brief claim that took longer than that.
+-- them is taken to cost a millisecond at least, and so is a brief claim that took longer than that.
 --
 -- The planner must walk the claim indexes in their order whatever the statistics say, hence the settings of get_jobs:
 -- they hold for the plans made in it and in what it calls, which are kept for the session.
@@ -347,19 +347,19 @@ begin
       end loop;
 
       if v_sweeps then
+        -- To look for jobs of the future costs something, too, where there are remains of them.
+        v_dear := (v_cursor[4] < 0 or clock_timestamp() < v_started + interval '1 millisecond')
+                  and exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
+                              where (select count(*)
+                                     from (select from pgworker.job j
+                                           where j.queue_name is null and j.lane is null and not j.waiting
+                                             and j.priority = v_cursor[g.n] and j.run_at > v_now
+                                           order by j.run_at, j.id limit 100) as f) = 100);
         -- The very first sweep of a session pays for making plans: its cost says nothing, unless that cannot be all.
         v_ended := clock_timestamp();
-        v_cursor[4] := case when v_cursor[4] < 0 and v_ended < v_started + interval '100 milliseconds' then 0
-                            else (extract(epoch from v_ended - v_started) * 1000000)::bigint end;
-        if v_cursor[4] < 1000
-           and exists (select from generate_series(6, cardinality(v_cursor), 5) as g(n)
-                       where (select count(*)
-                              from (select from pgworker.job j
-                                    where j.queue_name is null and j.lane is null and not j.waiting
-                                      and j.priority = v_cursor[g.n] and j.run_at > v_now
-                                    order by j.run_at, j.id limit 100) as f) = 100) then
-          v_cursor[4] := 1000;
-        end if;
+        v_cursor[4] := greatest(case when v_dear then 1000 else 0 end,
+                                case when v_cursor[4] < 0 and v_ended < v_started + interval '100 milliseconds' then 0
+                                     else (extract(epoch from v_ended - v_started) * 1000000)::bigint end);
         v_cursor[3] := pgworker.cursor_at(v_ended);
         v_cursor[2] := v_epoch;
       end if;

@@ -140,6 +140,26 @@ def test_a_claim_of_more_than_is_due_ends_where_the_future_begins(db: Conn) -> N
     assert min(seen) < 150, seen
 
 
+def test_claims_leap_over_the_remains_of_many_jobs_of_the_future(db: Conn, connect: Connections) -> None:
+    """There are no jobs among them, but to look for these takes as long as a brief claim: that counts."""
+    old, conn = connect(), connect()
+    _fill(db, 100_000, hours=24)
+    worker = register(conn)
+    for _ in range(2):  # the first sweep of a session makes plans
+        assert claim_ids(conn, worker) == []
+    with old.transaction():
+        old.execute("set transaction isolation level repeatable read")
+        old.execute("select from pgworker.job limit 1")
+        db.execute("delete from pgworker.job")
+        seen = []
+        for _ in range(3):
+            sweeps_cost(conn, 1000, ago=10_000_000)
+            conn.execute("select pgworker.get_jobs(%s)", [worker])  # sweeps
+            add(db, "mine", priority=1)
+            seen.append(buffers(conn, "select pgworker.get_jobs(%s)", worker))
+        assert min(seen) < 150, seen
+
+
 def _dead_entries(conn: Conn) -> None:
     _fill(conn, 100_000)
     conn.execute("delete from pgworker.job")
