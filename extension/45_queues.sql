@@ -255,17 +255,20 @@ begin
   if cardinality(v_names) = 0 then
     return p_ids;
   end if;
-  v_free := array(select q.name from pgworker.queue q where q.name = any (v_names) order by q.name for update skip locked);
+  -- Only what these hold: a job that was given back meanwhile frees nothing, and whoever runs there now does not wait.
+  v_free := array(select q.name from pgworker.queue q
+                  where q.name = any (v_names) and (q.job_id in (select u.id from unnest(p_ids) as u(id))) is true
+                  order by q.name for update skip locked);
   return array(select j.id from pgworker.job j
                where j.id = any (p_ids)
                  and not exists (select from pgworker.queue q
-                                 where q.name = j.queue_name and q.name not in (select u.name from unnest(v_free) as u(name))
-                                 offset 0)
+                                 where q.name = j.queue_name and q.job_id = j.id
+                                   and q.name not in (select u.name from unnest(v_free) as u(name)) offset 0)
                order by j.id);
 end
 $$;
 comment on function pgworker.lock_free_queues(bigint[]) is
-  'Internal: locks those queues of these jobs that nobody else has locked, and returns the jobs that are in no other.';
+  'Internal: locks those queues that these jobs hold and nobody else has locked, and returns the jobs that hold no other.';
 
 create function pgworker.free_queues(p_names text[], p_job_ids bigint[]) returns void
 language plpgsql volatile parallel unsafe

@@ -116,6 +116,20 @@ def test_a_rescue_does_not_wait_for_whoever_holds_a_queue(db: Conn, connect: Con
         call(db, "heartbeat", worker)
 
 
+def test_nobody_waits_for_the_rescue_of_a_job_that_ran_in_his_queue_before(db: Conn, connect: Connections) -> None:
+    """What maintain() has found overdue may be given back, and its queue taken by the next, before it locks them."""
+    reporter, rescuer = hasty(connect), connect()
+    worker = register(reporter)
+    before, now = add(db, queue_name="q")["id"], add(db, queue_name="q")["id"]
+    assert claim_ids(reporter, worker) == [before]
+    call(reporter, "fail_job", worker, before, "x")
+    assert claim_ids(reporter, worker) == [now]
+    with rescuer.transaction():
+        assert value(rescuer, "select pgworker.lock_free_queues(%s)", [before]) == [before]
+        call(reporter, "complete_job", worker, now)
+    assert state(db, now) is None
+
+
 def test_a_farewell_does_not_wait_for_whoever_holds_a_queue(db: Conn, connect: Connections) -> None:
     leaving, admin = hasty(connect), connect()
     worker = register(leaving)
