@@ -44,8 +44,9 @@ declare
   v_trees     boolean;                             -- some are in trees
   v_locks     boolean;
   v_keeps     boolean;
-  v_tids      tid[];                               -- rows of completed jobs, by id, and the attempts that these are in
-  v_nums      smallint[];
+  v_mixed     constant boolean := v_attempts is not null and (v_attempts[1] = all (v_attempts)) is not true;
+  v_attempt   constant int := case when v_mixed then 1 else v_attempts[1] end;
+  v_tids      tid[];                               -- rows of completed jobs in that attempt, by id
   v_done      bigint[] := array[]::bigint[];
   v_left      bigint[];
   v_ids       bigint[] := array[]::bigint[];
@@ -73,12 +74,10 @@ begin
          finish_jobs.results is not null
            or exists (select from pgworker.setting s where s.name = 'keep_completed' and s.value::interval > interval '0')
            or exists (select from pgworker.task t where t.keep_completed is not null),
-         array_agg(j.ctid order by j.id) filter (where f.ours), array_agg(j.attempts order by j.id) filter (where f.ours)
-  into v_trees, v_locks, v_keeps, v_tids, v_nums
-  from pgworker.job j
-  cross join lateral (select j.locked_by = finish_jobs.worker_id
-                             and (v_attempts is null or j.attempts = v_attempts[1]) as ours) as f
-  where j.id = any (v_completed);
+         array_agg(j.ctid) filter (where j.locked_by = finish_jobs.worker_id and (v_attempt is null or j.attempts = v_attempt))
+  into v_trees, v_locks, v_keeps, v_tids
+  from (select o.ctid, o.locked_by, o.root_id, o.attempts, o.key from pgworker.job o
+        where o.id = any (v_completed) order by o.id) as j;
   if v_trees or v_locks then
     select coalesce(v_trees and not bool_or(l.asked), false) into v_trees
     from (select j.ends_as is not null as asked from pgworker.job j
@@ -93,19 +92,20 @@ begin
                               finish_jobs.results, p_worker_id => finish_jobs.worker_id,
                               p_attempts => v_attempts[1:cardinality(v_completed)], p_trees => v_trees);
   elsif cardinality(v_completed) > 0 then
-    -- They have been looked up already, if all are in the same attempt; who has changed one since has moved its row, and it
-    -- is left for what follows (or goes, if he has not committed yet and it is in the same attempt then). One by one, since
-    -- rows lie in another order than that of ids, in which configure_task locks them.
-    if v_attempts is not null and (v_attempts[1] = all (v_attempts)) is not true then
-      select array_agg(j.ctid order by j.id), array_agg(j.attempts order by j.id) into v_tids, v_nums
-      from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
-      join pgworker.job j on j.id = any (array[u.id])
-      where j.locked_by = finish_jobs.worker_id and (u.attempt is null or j.attempts = u.attempt);
+    -- They have been looked up already. Who has changed one since has moved its row, and it is left for what follows (or
+    -- goes, if he has not committed yet and it is in the same attempt then). One by one, since rows lie in another order
+    -- than that of ids, in which configure_task locks them. If their attempts differ, those in their first go like this.
+    if v_mixed then
+      v_tids := array(select j.ctid
+                      from unnest(v_completed, v_attempts[1:cardinality(v_completed)]) as u(id, attempt)
+                      join pgworker.job j on j.id = any (array[u.id])
+                      where u.attempt = v_attempt and j.attempts = v_attempt and j.locked_by = finish_jobs.worker_id
+                      order by j.id);
     end if;
     with gone as (
       delete from pgworker.job j
-      using unnest(v_tids, v_nums) as e(tid, attempt)
-      where j.ctid = e.tid and j.attempts = e.attempt and j.locked_by = finish_jobs.worker_id
+      using unnest(v_tids) as e(tid)
+      where j.ctid = e.tid and j.locked_by = finish_jobs.worker_id and (v_attempt is null or j.attempts = v_attempt)
         and j.ends_as is null and j.root_id is null and j.unique_until is null
       returning j.id
     )
