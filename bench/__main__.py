@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench import machine, results
 from bench.adding import adding, latency
-from bench.backlog import backlog
+from bench.backlog import backlog, ready
 from bench.claims import claims
 from bench.draining import batches, held, history, throughput
 from bench.limits import fairness, limits
@@ -39,6 +39,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "steps": steps,
     "held": held,
     "backlog": backlog,
+    "ready": ready,
     "history": history,
     "claims": claims,
     "limits": limits,
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small numbers, no disk: does it work, not how fast is it")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, metavar="NAME", help=", ".join(MEASUREMENTS))
     parser.add_argument("--held", type=float, metavar="SECONDS", help="age of the snapshot in held (300; quick: 1)")
-    parser.add_argument("--backlog", type=_positive, metavar="JOBS", help="in backlog (1000000; quick: 2000)")
+    parser.add_argument("--backlog", type=_positive, metavar="JOBS", help="in backlog and ready (1000000; quick: 2000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json, NAME.md and plots")
     given = parser.parse_args(arguments)

@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def backlog(bench: Bench) -> None:
-    """Drain beside a backlog of each kind, by turns with a drain of nothing else; then a backlog of one's own."""
+    """Drain beside a backlog of each kind, by turns with a drain of nothing else."""
     for kind in KINDS:
         with contextlib.ExitStack() as stack:
             heaps = {}
@@ -42,11 +42,15 @@ def backlog(bench: Bench) -> None:
                     bench.note(f"backlog_{kind}_not", side, alone)
                     bench.note(f"backlog_{kind}", side, beside)
                     bench.note(f"backlog_{kind}_first", side, first)
-    for sides in bench.rounds("backlog"):
+
+
+def ready(bench: Bench) -> None:
+    """Drain a backlog of one's own, by turns with as many jobs as elsewhere."""
+    for sides in bench.rounds("ready"):
         for side in sides:
             with side.connect(bench.server) as conn:
-                bench.note("backlog_ready_not", side, drain(bench, side, conn, 1))
-                bench.note("backlog_ready", side, drain(bench, side, conn, 1, jobs=bench.sizes.backlog))
+                bench.note("ready_not", side, drain(bench, side, conn, 1))
+                bench.note("ready", side, drain(bench, side, conn, 1, jobs=bench.sizes.backlog))
 
 
 def pile(bench: Bench, side: Side, conn: psycopg.Connection[Any], kind: str) -> None:

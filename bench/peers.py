@@ -41,7 +41,7 @@ print(json.dumps([sys.version.split()[0], versions]))"""
 
 
 #: What needs jobs that are added by SQL: together with others in one transaction, or of several kinds.
-WITHOUT_SQL = frozenset({"held", "backlog"})
+WITHOUT_SQL = frozenset({"held", "backlog", "ready"})
 
 
 class PeerMissingError(RuntimeError):
@@ -108,7 +108,7 @@ def pgmq() -> Side:
         add="""select count(*) from pgmq.send_batch(%(task)s, array(
             select jsonb_build_object('id', n) || %(more)s from generate_series(1, %(count)s) as n))""",
         key="msg_id",
-        cannot=frozenset({"latency", "backlog"}),
+        cannot=frozenset({"latency", "backlog", "ready"}),
     )
 
 

@@ -104,8 +104,10 @@ def questions(sizes: Sizes) -> dict[str, list[Row]]:
                     Row(f"backlog_{kind}_first", "  the first ones of a new worker", "jobs/s", f"backlog_{kind}_not"),
                 )
             ),
-            Row("backlog_ready_not", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
-            Row("backlog_ready", f"  {sizes.backlog:,} instead", "jobs/s", "backlog_ready_not"),
+        ],
+        "ready": [
+            Row("ready_not", f"{sizes.jobs:,} jobs, 1 process", "jobs/s"),
+            Row("ready", f"  {sizes.backlog:,} instead", "jobs/s", "ready_not"),
         ],
         "history": [
             Row("history_off", f"{sizes.jobs:,} jobs, 1 process, no history", "jobs/s"),

@@ -166,7 +166,7 @@ def test_installed_peers_are_measured_side_by_side(tmp_path: Path) -> None:
     names = installed()
     if not names:
         pytest.skip("no other queue is installed: bench/README.md says how")
-    compared = ("throughput", "adding", "latency", "payloads", "resources", "memory", "held", "backlog")
+    compared = ("throughput", "adding", "latency", "payloads", "resources", "memory", "held", "backlog", "ready")
 
     done = bench("--quick", "--only", *compared, "--json", str(tmp_path / "numbers.json"), BENCH_PEERS=",".join(names))
 
