@@ -246,6 +246,7 @@ set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
+set lock_timeout = '5ms'
 as $$
 declare
   v_names constant text[] := array(select j.queue_name from pgworker.job j
@@ -256,9 +257,15 @@ begin
     return p_ids;
   end if;
   -- Only what these hold: a job that was given back meanwhile frees nothing, and whoever runs there now does not wait.
-  v_free := array(select q.name from pgworker.queue q
-                  where q.name = any (v_names) and (q.job_id in (select u.id from unnest(p_ids) as u(id))) is true
-                  order by q.name for update skip locked);
+  loop
+    begin
+      v_free := array(select q.name from pgworker.queue q
+                      where q.name = any (v_names) and (q.job_id in (select u.id from unnest(p_ids) as u(id))) is true
+                      order by q.name for update skip locked);
+      exit;
+    exception when lock_not_available then         -- as in lock_free()
+    end;
+  end loop;
   return array(select j.id from pgworker.job j
                where j.id = any (p_ids)
                  and not exists (select from pgworker.queue q

@@ -171,8 +171,9 @@ declare
   v_records constant boolean := pgworker.records();
 begin
   if p_job_ids is null then
-    v_ids := pgworker.lock_free_queues(array(
-      select j.id from pgworker.job j where j.locked_by = any (p_worker_ids) order by j.id for update skip locked));
+    v_ids := pgworker.lock_free(array(select j.id from pgworker.job j where j.locked_by = any (p_worker_ids)));
+    v_ids := pgworker.lock_free_queues(array(select j.id from pgworker.job j
+                                             where j.id = any (v_ids) and j.locked_by = any (p_worker_ids)));
   else
     v_ids := array(select j.id from pgworker.job j where j.id = any (p_job_ids) and j.locked_by = any (p_worker_ids)
                    order by j.id for update);
