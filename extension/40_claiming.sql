@@ -238,7 +238,7 @@ begin
       v_sweeps := v_elapsed < 0 or v_elapsed > greatest(250000, 20 * v_cursor[4]) or v_cursor[4] < 1000
                   or (v_cursor[2] <> v_epoch and (v_cursor[4] < 20000 or v_elapsed > 3 * v_cursor[4]));
     end if;
-    v_margin := pgworker.cursor_at(v_now - interval '1 second');
+    v_margin := pgworker.cursor_at(v_now - greatest(1000000, least(v_cursor[4], 60000000)) * interval '1 microsecond');
 
     loop
       v_started := clock_timestamp();
@@ -340,7 +340,8 @@ begin
           v_cursor[k + 2] := v_range.id;
         end if;
         if v_left > 0 and v_cursor[k + 1] < v_margin then
-          -- All that is due has been passed. Not up to now: transactions take a moment to commit.
+          -- All that is due has been passed. Not up to now: transactions take a moment to commit. The dearer it is to
+          -- find by a sweep what took longer, the longer it may take.
           v_cursor[k + 1] := v_margin;
           v_cursor[k + 2] := 0;
         end if;

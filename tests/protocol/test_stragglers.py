@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.calling import FUTURE, PAST, Conn, add, call, claim_ids, register, state
+from tests.calling import FUTURE, PAST, Conn, add, call, claim_ids, register, state, value
 from tests.connections import Connections
 from tests.cursors import sweeps_cost
 
@@ -170,6 +170,23 @@ def a_second_later(session: Conn, worker: int, most: int = 1) -> list[int]:
     """What a session claims that last looked everywhere a second ago."""
     sweeps_cost(session, 40_000, ago=1_000_000)
     return [job["id"] for job in call(session, "get_jobs", worker, most, columns="id")]
+
+
+def test_where_sweeps_are_dear_an_idle_session_stays_further_behind(db: Conn) -> None:
+    """What is committed late is found without a sweep then, if it did not take longer than one."""
+    worker = register(db)
+
+    def added(seconds: int) -> int:
+        job: int = add(db, run_at=value(db, f"select now() - interval '{seconds} seconds'"))["id"]
+        return job
+
+    first = added(20)
+    assert claim_ids(db, worker) == [first]
+    sweeps_cost(db, 10_000_000)
+    assert call(db, "get_jobs", worker) == []  # and the cursor has moved on
+    added(15)
+    late = added(8)
+    assert [job["id"] for job in call(db, "get_jobs", worker, 2)] == [late]
 
 
 @pytest.fixture
