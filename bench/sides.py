@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -139,12 +140,20 @@ class Side:
         conn.execute("checkpoint")
 
 
+def _msgspec() -> str:
+    """Say so where the worker reads payloads by msgspec (the extra ``fast``)."""
+    try:
+        return f", msgspec {importlib.metadata.version('msgspec')}"
+    except importlib.metadata.PackageNotFoundError:
+        return ", no msgspec"
+
+
 def pgworker() -> Side:
     """Return our side."""
     return Side(
         name="pgworker",
         about=f"pgworker {schema.version()}: Worker(concurrency={CONCURRENCY}), all else default; "
-        f"Python {sys.version.split()[0]}, psycopg {psycopg.__version__} ({psycopg.pq.__impl__})",
+        f"Python {sys.version.split()[0]}, psycopg {psycopg.__version__} ({psycopg.pq.__impl__}){_msgspec()}",
         programs={mode: [sys.executable, "-m", f"bench.programs.{mode}"] for mode in ("work", "produce")},
         environment={"PYTHONPATH": str(ROOT)},
         table="pgworker.job",
